@@ -1,0 +1,1 @@
+"""What happens, in which order, and where it is kept: stages, store, datasets, comparison, command line."""

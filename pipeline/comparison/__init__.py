@@ -1,0 +1,1 @@
+"""Runs x feature sets, with intervals, paired tests and floors."""

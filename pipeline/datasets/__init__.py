@@ -1,0 +1,1 @@
+"""Importers: from the files people have to the canonical dataset."""

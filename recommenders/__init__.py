@@ -1,0 +1,1 @@
+"""From interactions and feature tables to ranked items."""

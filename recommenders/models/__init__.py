@@ -1,0 +1,1 @@
+"""Recommenders: a file per paper."""
