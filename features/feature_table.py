@@ -1,0 +1,239 @@
+"""A feature set in memory: ids, vectors, status; align to an item order, fill, normalise, shuffle, write."""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from features.errors import FeatureError, FeatureFileError
+from features.parts import ROW_COLUMNS, ROWS_PER_PART, STATUSES, PartFile, PartRows, part_name, write_part
+
+StatusType = pl.Enum(list(STATUSES))
+FillHow = Literal["zero", "mean"]
+NormaliseHow = Literal["none", "l2", "standardise"]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """All vectors of one encoder over one catalogue."""
+
+    item_ids: pl.Series
+    """(I,) strings, unique."""
+    vectors: Tensor
+    """(I, F) float16 or float32 as stored; zeros where the status is not `ok`."""
+    status: pl.Series
+    """(I,) `ok`, `missing` or `unreadable`."""
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a vector."""
+        return int(self.vectors.shape[1])
+
+    @property
+    def present(self) -> Tensor:
+        """(I,) bool: the items that have a vector."""
+        return torch.from_numpy((self.status == "ok").to_numpy().copy())
+
+    @classmethod
+    def read(cls, paths: Sequence[Path], *, verify: bool = False) -> "FeatureSet":
+        """Read the parts of a feature set, in the order given, straight into one tensor.
+
+        Args:
+            paths: The parts' files.
+            verify: Compare each page with its checksum, which finds single flipped bits, at half the speed.
+
+        Raises:
+            FeatureFileError: A part is missing, damaged or cut short, parts differ in dimension or type,
+                an item is there twice, or there is no part at all.
+        """
+        if not paths:
+            raise FeatureFileError("a feature set without parts cannot be read; extract it again.")
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            parts = list(pool.map(lambda path: PartFile(path, verify=verify), paths))
+            try:
+                _check_alike(parts)
+                starts = [0, *itertools.accumulate(part.n_rows for part in parts)]
+                # NumPy asks for huge pages where torch does not: first touch is then three times faster.
+                vectors = np.empty((starts[-1], parts[0].dim), parts[0].dtype)
+                tables = pool.map(_read_part, parts, (vectors[start:] for start in starts[:-1]))
+                item_ids, status = _ids_and_status(list(tables))
+            finally:
+                for part in parts:
+                    part.close()
+        _check_unique(item_ids, parts, starts)
+        return cls(item_ids, torch.from_numpy(vectors), status)
+
+    def align(
+        self, item_ids: Sequence[str] | pl.Series, *, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors in the order of `item_ids`, and which of these items have one.
+
+        Returns:
+            (I, F) vectors, zeros for an item without one or unknown here; (I,) bool.
+        """
+        wanted = pl.Series("item_id", item_ids, dtype=pl.String)
+        if len(wanted) == len(self) and wanted.equals(self.item_ids):
+            present = self.present
+            vectors = self.vectors.to(dtype, copy=True)
+        else:
+            known = self.item_ids.alias("item_id").to_frame().with_row_index("row")
+            joined = wanted.to_frame().join(known, on="item_id", how="left", maintain_order="left")
+            rows = torch.from_numpy(joined["row"].cast(pl.Int64).fill_null(-1).to_numpy().copy())
+            present = rows >= 0
+            present[present.clone()] = self.present[rows[present]]
+            vectors = torch.zeros((len(wanted), self.dim), dtype=dtype)
+            vectors[present] = self.vectors[rows[present]].to(dtype)
+        vectors[~present] = 0
+        return vectors, present
+
+
+def read_rows(paths: Sequence[Path]) -> pl.DataFrame:
+    """The parts' columns item_id, content_hash, status and reason, without the vectors.
+
+    Raises:
+        FeatureFileError: A part is missing or damaged.
+    """
+    tables = []
+    for path in paths:
+        with PartFile(path) as part:
+            tables.append(part.columns(ROW_COLUMNS))
+    if not tables:
+        raise FeatureFileError("a feature set without parts cannot be read; extract it again.")
+    table = pa.concat_tables(tables).unify_dictionaries()
+    frame = pl.from_arrow(table.replace_schema_metadata(None))
+    assert isinstance(frame, pl.DataFrame)  # noqa: S101 - narrows from_arrow's union for the type checker
+    return frame.with_columns(pl.col("status").cast(pl.String).cast(StatusType))
+
+
+def _check_alike(parts: Sequence[PartFile]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.dim, part.dtype) != (first.dim, first.dtype):
+            raise FeatureFileError(
+                f"{part.path} holds {part.dim} x {part.dtype}, but {first.path.name} beside it {first.dim} x "
+                f"{first.dtype}; expected parts of one extraction; remove the strange ones or extract again."
+            )
+
+
+def _read_part(part: PartFile, out: np.ndarray[tuple[int, int], np.dtype[np.floating]]) -> pa.Table:
+    part.read_into(out[: part.n_rows])
+    return part.columns(("item_id", "status"))
+
+
+def _ids_and_status(tables: Sequence[pa.Table]) -> tuple[pl.Series, pl.Series]:
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    item_ids = pl.Series("item_id", table["item_id"]).rechunk()
+    codes = pl.Series("status", table["status"].unify_dictionaries())
+    return item_ids, codes.cast(pl.String).cast(StatusType).rechunk()
+
+
+def _check_unique(item_ids: pl.Series, parts: Sequence[PartFile], starts: Sequence[int]) -> None:
+    # Equal ids have equal hashes, and counting numbers is faster than counting strings.
+    if item_ids.hash().n_unique() == len(item_ids) or item_ids.n_unique() == len(item_ids):
+        return
+    repeated = item_ids.filter(item_ids.is_duplicated())[0]
+    rows = (item_ids == repeated).arg_true().to_list()[:2]
+    names = [parts[int(np.searchsorted(starts, row, side="right")) - 1].path for row in rows]
+    raise FeatureFileError(
+        f"item {repeated!r} is there twice, in {names[0]} and {names[1].name}; expected one row an item; "
+        "remove the strange part or extract again."
+    )
+
+
+def fill_absent(vectors: Tensor, present: Tensor, how: FillHow = "zero") -> Tensor:
+    """Give the absent rows a vector: zeros, or the mean of the rows that are present.
+
+    Args:
+        vectors: (I, F).
+        present: (I,) bool.
+        how: What absent rows get.
+
+    Raises:
+        FeatureError: The mean is asked for and no row is present.
+    """
+    filled = vectors.clone()
+    if how == "mean" and not present.all():
+        if not present.any():
+            raise FeatureError(
+                f"none of the {len(present)} items has a vector, so there is no mean to fill with; expected "
+                "at least one; check the catalogue, or fill with zero."
+            )
+        filled[~present] = vectors[present].double().mean(dim=0).to(vectors.dtype)
+    else:
+        filled[~present] = 0
+    return filled
+
+
+def normalise(vectors: Tensor, present: Tensor, how: NormaliseHow = "l2") -> Tensor:
+    """Bring the present rows to a common scale; absent rows stay zero, so normalise before filling.
+
+    Args:
+        vectors: (I, F).
+        present: (I,) bool.
+        how: `l2`: each row gets length 1 (a row of zeros stays); `standardise`: each column gets mean 0 and
+            population standard deviation 1 over the present rows (a constant column gets zeros).
+    """
+    if how == "none":
+        return vectors
+    scaled = torch.zeros_like(vectors)
+    rows = vectors[present].double()
+    if how == "l2":
+        lengths = rows.norm(dim=1, keepdim=True)
+        scaled[present] = (rows / lengths.masked_fill(lengths == 0, 1)).to(vectors.dtype)
+    elif len(rows):
+        spread = rows.std(dim=0, correction=0)
+        # Rounding leaves a constant column a spread that is tiny beside its values, and only that.
+        flat = spread <= 1e-9 * rows.abs().amax(dim=0)
+        scaled[present] = ((rows - rows.mean(dim=0)) / spread.masked_fill(flat, torch.inf)).to(vectors.dtype)
+    return scaled
+
+
+def shuffle_rows(features: FeatureSet, rng: np.random.Generator) -> FeatureSet:
+    """Deal the vectors to other items: a control with the same vectors and none of the meaning.
+
+    The items that have a vector form one random cycle and each gets its neighbour's, so none keeps its own
+    (unless it is the only one); who is missing stays missing.
+    """
+    rows = torch.from_numpy(rng.permutation(np.flatnonzero(features.present.numpy())))
+    vectors = features.vectors.clone()
+    vectors[rows] = features.vectors[rows.roll(1)]
+    return FeatureSet(features.item_ids, vectors, features.status)
+
+
+def write_features(
+    folder: Path,
+    features: FeatureSet,
+    *,
+    rows_per_part: int = ROWS_PER_PART,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write vectors that did not come from an extraction (given, shuffled) as parts; they carry no hashes.
+
+    Raises:
+        FeatureError: An embedding is not finite.
+    """
+    paths = []
+    for number, start in enumerate(range(0, max(len(features), 1), rows_per_part)):
+        ids = features.item_ids[start : start + rows_per_part].to_list()
+        rows = PartRows(
+            ids,
+            [None] * len(ids),
+            features.status[start : start + rows_per_part].to_list(),
+            [None] * len(ids),
+            features.vectors[start : start + rows_per_part].numpy(),
+        )
+        paths.append(folder / part_name(number))
+        write_part(paths[-1], rows, metadata)
+    return paths
