@@ -1,0 +1,125 @@
+"""An artefact as its readers see it, and the draft that its maker fills."""
+
+import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import JsonValue
+
+from pipeline.errors import StoreError
+from pipeline.manifest import MANIFEST_NAME, InputRef, Kind, Manifest, safe_file_name
+from pipeline.shelf import SCRATCH_NAME, Shelf
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One whole artefact of a store. Equal artefacts have equal manifests."""
+
+    manifest: Manifest
+    shelf: Shelf = field(repr=False, compare=False)
+
+    @property
+    def kind(self) -> Kind:
+        """What it is."""
+        return self.manifest.kind
+
+    @property
+    def key(self) -> str:
+        """64 hex digits, the hash of all that could change its content."""
+        return self.manifest.key
+
+    @property
+    def slug(self) -> str:
+        """The readable part of its folder's name."""
+        return self.manifest.slug
+
+    @property
+    def ref(self) -> str:
+        """What a person types and reads: "features/tiny-image-0123456789ab"."""
+        return f"{self.kind}/{self.manifest.folder}"
+
+    @property
+    def folder_url(self) -> str:
+        """Address of the folder that holds its files."""
+        return self.shelf.folder_url(self.manifest)
+
+    def as_input(self, role: str = "") -> InputRef:
+        """Return the reference that an artefact made from this one keeps."""
+        return InputRef(kind=self.kind, key=self.key, role=role)
+
+    def path(self, name: str) -> Path:
+        """Return a local path of one of its files; from a remote store it is fetched once and checked.
+
+        Raises:
+            StoreError: It has no such file, or the file is gone, cut short, or arrived damaged.
+        """
+        if name not in self.manifest.files:
+            near = get_close_matches(name, self.manifest.files, n=3) or sorted(self.manifest.files)[:5]
+            raise StoreError(f"{self.ref} has no file {name!r}; it has {', '.join(near) or 'no files'}.")
+        return self.shelf.fetch(self.manifest, name)
+
+    def paths(self, pattern: str = "*") -> list[Path]:
+        """Return local paths of its files whose names match ``pattern``, sorted by name."""
+        names = sorted(name for name in self.manifest.files if fnmatch.fnmatchcase(name, pattern))
+        return [self.path(name) for name in names]
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        """Open one of its files for reading bytes."""
+        with self.path(name).open("rb") as file:
+            yield file
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What asking for an artefact gave."""
+
+    artefact: Artefact
+    reused: bool
+    """It existed: nothing was made."""
+
+
+class Draft:
+    """A folder to fill: it becomes an artefact when its maker returns.
+
+    Names that begin with a dot or end in ".tmp", and the folder ``scratch``, stay behind: they never
+    become part of the artefact.
+    """
+
+    def __init__(self, folder: Path, *, resumed: bool) -> None:
+        self.folder = folder
+        """Where to write; local, empty unless ``resumed``."""
+        self.resumed = resumed
+        """An earlier try left files here."""
+        self.facts: dict[str, JsonValue] = {}
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for checkpoints and the like: it survives the kill of a resumable stage."""
+        folder = self.folder / SCRATCH_NAME
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def record(self, **facts: JsonValue) -> None:
+        """Keep measured figures for the manifest; a later value replaces an earlier one."""
+        self.facts.update(facts)
+
+    def path(self, name: str) -> Path:
+        """Return where to write the file ``name``; folders above it are made.
+
+        Raises:
+            StoreError: The name would leave the artefact's folder, hide, or replace the manifest.
+        """
+        try:
+            safe_file_name(name)
+        except ValueError as error:
+            raise StoreError(f"An artefact cannot hold this file: {error}.") from error
+        if name == MANIFEST_NAME:
+            raise StoreError(f"{MANIFEST_NAME} is written by the store; give the file another name.")
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path

@@ -1,0 +1,227 @@
+"""What an artefact says of itself: keys, inputs, files, and the manifest that holds them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Annotated, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    ValidationError,
+)
+
+from pipeline.errors import StoreError
+from pipeline.hardware import Hardware
+
+Kind = Literal["dataset", "encoder", "features", "index", "graph", "run", "comparison"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+FORMAT_VERSIONS: dict[Kind, int] = {
+    "dataset": 1,
+    "encoder": 1,
+    "features": 1,
+    "index": 1,
+    "graph": 1,
+    "run": 1,
+    "comparison": 1,
+}
+"""Part of every key: raise one when the files of its kind change meaning, and nothing older is reused."""
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_VERSION = 1
+SHORT_KEY_LENGTH = 12
+"""Hex digits of a key in a folder's name: 48 bits, one clash expected among 20 million artefacts."""
+MAX_SLUG_LENGTH = 60
+
+
+def artefact_key(kind: Kind, identity: Mapping[str, JsonValue]) -> str:
+    """Hash all that can change the content of an artefact.
+
+    Args:
+        kind: What is made; its format version is hashed too.
+        identity: Keys of the inputs and every parameter with an effect. Plain JSON with string keys; tuples
+            count as lists. 1 and 1.0 are different identities, so pass values through a typed configuration.
+
+    Returns:
+        64 hex digits, the SHA-256 of the canonical JSON (sorted keys, no white space, ASCII only).
+
+    Raises:
+        TypeError: A key is not a string, or a value is not JSON; two identities could collide.
+        ValueError: A number is NaN or infinite.
+    """
+    if kind not in FORMAT_VERSIONS:
+        raise StoreError(f"An artefact's kind is {kind!r}; known kinds: {', '.join(KINDS)}.")
+    return _sha256({"kind": kind, "format": FORMAT_VERSIONS[kind], "identity": identity})
+
+
+def canonical_json(value: object) -> str:
+    """Return the one JSON text of ``value``: sorted keys, no white space, ASCII only.
+
+    Raises:
+        TypeError: A mapping's key is not a string, or a value is not JSON.
+        ValueError: A number is NaN or infinite.
+    """
+    _refuse_unclear_keys(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def slugify(text: str) -> str:
+    """Turn any label into the readable part of a folder's name: lower-case ASCII letters, digits and dashes.
+
+    Raises:
+        StoreError: Nothing readable is left.
+    """
+    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:MAX_SLUG_LENGTH].strip("-")
+    if not slug:
+        raise StoreError(f"An artefact's slug is {text!r}; it needs at least one ASCII letter or digit.")
+    return slug
+
+
+def safe_file_name(name: str) -> str:
+    """Return ``name`` if it is a plain relative path that stays inside its folder.
+
+    Raises:
+        ValueError: It is absolute, climbs with "..", hides with a leading dot, or is not in shortest form.
+    """
+    path = PurePosixPath(name)
+    plain = bool(name) and path.as_posix() == name and not path.is_absolute()
+    if not plain or "\\" in name or "\0" in name or ":" in name or any(p.startswith(".") for p in path.parts):
+        raise ValueError(f"{name!r} is not a plain file name inside the artefact's folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(safe_file_name)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=MAX_SLUG_LENGTH)]
+
+
+class InputRef(BaseModel, frozen=True, extra="forbid"):
+    """One artefact that another was made from."""
+
+    kind: Kind
+    key: Sha256
+    role: str = ""
+    """What it was used as, where one artefact can have several inputs of one kind: "image features"."""
+
+
+class FileEntry(BaseModel, frozen=True, extra="forbid"):
+    """One file of an artefact."""
+
+    sha256: Sha256
+    bytes: NonNegativeInt
+
+
+class Manifest(BaseModel, frozen=True, extra="forbid"):
+    """All that is known of an artefact but its files' content; on disk as ``manifest.json``."""
+
+    kind: Kind
+    key: Sha256
+    slug: Slug
+    format: int
+    inputs: tuple[InputRef, ...] = ()
+    identity: dict[str, JsonValue]
+    """What was hashed into the key."""
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    """Settings worth showing, whether they are part of the identity or not."""
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the stage measured while it worked."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    hardware: Hardware
+    seconds: float
+    """Wall time of the stage; of its last try where it was resumed."""
+    bytes: NonNegativeInt
+    files: dict[FileName, FileEntry]
+    data_folder: Annotated[str, Field(pattern=r"^(data-[0-9A-Za-z-]+)?$")] = ""
+    """Where the files lie below the artefact's folder; "" where they lie beside the manifest."""
+    created_at: AwareDatetime
+
+    @property
+    def folder(self) -> str:
+        """Name of the artefact's folder, below the folder of its kind."""
+        return folder_name(self.slug, self.key)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the text of ``manifest.json``, with a checksum over itself."""
+    fields = {"manifest_version": MANIFEST_VERSION, **manifest.model_dump(mode="json")}
+    document = {**fields, "manifest_sha256": _sha256(fields)}
+    return (json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def decode_manifest(data: bytes, where: str, kind: Kind, folder: str) -> Manifest:
+    """Read a manifest and check that it is whole, our own, and that of this folder.
+
+    Args:
+        data: Content of ``manifest.json``.
+        where: Its address, for the message.
+        kind: The kind whose folder it was found in.
+        folder: Name of the folder it was found in.
+
+    Raises:
+        StoreError: It is damaged, belongs to another folder, or was written by a newer Tandem.
+    """
+    document = _parse(data, where)
+    version = document.pop("manifest_version", None)
+    if isinstance(version, int) and version > MANIFEST_VERSION:
+        raise StoreError(
+            f"{where} has manifest version {version}, this Tandem reads {MANIFEST_VERSION}; "
+            "it was written by a newer Tandem: upgrade, or use another --store."
+        )
+    checksum = document.pop("manifest_sha256", None)
+    if version != MANIFEST_VERSION or checksum != _sha256({"manifest_version": version, **document}):
+        raise damaged(where, "its checksum does not match its content")
+    try:
+        manifest = Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise damaged(where, f"{field}: {first['msg']}") from error
+    if (manifest.kind, manifest.folder) != (kind, folder):
+        raise damaged(where, f"it describes {manifest.kind}/{manifest.folder}")
+    return manifest
+
+
+def folder_name(slug: str, key: str) -> str:
+    """Return the name of an artefact's folder: "tiny-image-0123456789ab"."""
+    return f"{slug}-{key[:SHORT_KEY_LENGTH]}"
+
+
+def damaged(where: str, why: str) -> StoreError:
+    """Return the error for an artefact whose manifest cannot be trusted."""
+    return StoreError(
+        f"{where} is damaged: {why}. Nothing of this folder is used; delete the folder, or make the artefact "
+        "again with --force, which replaces it."
+    )
+
+
+def _parse(data: bytes, where: str) -> dict[str, JsonValue]:
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise damaged(where, f"not JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise damaged(where, "not a JSON object")
+    return document
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()
+
+
+def _refuse_unclear_keys(value: object) -> None:
+    """``json`` writes the keys 1, True and "1" alike or nearly so; an identity must not."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"an identity's keys are strings, not {key!r}")
+            _refuse_unclear_keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_unclear_keys(inner)

@@ -1,0 +1,238 @@
+"""What a store needs of the place it lies in, and what the local and the remote place share."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Protocol
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+
+from pipeline.errors import StoreError
+from pipeline.manifest import FileEntry, Kind, Manifest, safe_file_name
+
+SCRATCH_NAME = ".scratch"
+HASHING_THREADS = 4
+"""hashlib lets go of the interpreter; more threads than disks can feed bring nothing."""
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something in the store that belongs to no artefact: an abandoned draft, data that no manifest names."""
+
+    address: str
+    bytes: int
+    since: datetime
+    """When it was last written to."""
+
+
+class Shelf(Protocol):
+    """A place that holds artefacts whole. The only code that touches files of the store implements this."""
+
+    url: str
+    """Printable address, without a password."""
+
+    def folders(self, kind: Kind) -> list[str]:
+        """Return the folders of a kind that claim to be artefacts, sorted."""
+        ...
+
+    def read_manifest(self, kind: Kind, folder: str) -> bytes | None:
+        """Return the manifest's bytes; empty where a folder lacks its manifest, None where nothing is."""
+        ...
+
+    def manifest_url(self, kind: Kind, folder: str) -> str:
+        """Return the address of a manifest, for messages."""
+        ...
+
+    def folder_url(self, manifest: Manifest) -> str:
+        """Return the address of the folder that holds the files."""
+        ...
+
+    def fetch(self, manifest: Manifest, name: str) -> Path:
+        """Return a local path of a file that the manifest lists."""
+        ...
+
+    def open_stored(self, manifest: Manifest, name: str) -> AbstractContextManager[BinaryIO]:
+        """Open the stored bytes themselves, past any cache."""
+        ...
+
+    def stored_files(self, manifest: Manifest) -> dict[str, int]:
+        """Return name and bytes of every file that lies in the artefact's folder, but the manifest."""
+        ...
+
+    def last_used(self, manifest: Manifest) -> datetime:
+        """Return when the artefact was made or, where the place can tell, last asked for."""
+        ...
+
+    def mark_used(self, manifest: Manifest) -> None:
+        """Note that the artefact was asked for; where that cannot be noted nothing happens."""
+        ...
+
+    def staging(self, kind: Kind, key: str) -> Path:
+        """Return the local folder in which a draft of this key is written; it need not exist."""
+        ...
+
+    def commit(self, manifest: Manifest, draft: Path) -> Manifest:
+        """Make the draft the artefact of its key, in one step; return the final manifest."""
+        ...
+
+    def remove(self, kind: Kind, folder: str) -> None:
+        """Take an artefact away: first its manifest's place, in one step, then its files."""
+        ...
+
+    def lock(self, name: str, waiting: Callable[[], None]) -> AbstractContextManager[None]:
+        """Hold a lock among processes; ``waiting`` is called once if another process holds it."""
+        ...
+
+    def is_locked(self, name: str) -> bool:
+        """Say whether a process holds that lock now."""
+        ...
+
+    def documents(self, folder: str) -> list[str]:
+        """Return the names of the small files in a folder of the store's own, sorted."""
+        ...
+
+    def read_document(self, path: str) -> bytes | None:
+        """Return a small file of the store's own; None where there is none."""
+        ...
+
+    def write_document(self, path: str, data: bytes) -> None:
+        """Write a small file of the store's own, whole, in place of one that is there."""
+        ...
+
+    def delete_document(self, path: str) -> None:
+        """Delete a small file of the store's own, if it is there."""
+        ...
+
+    def leftovers(self) -> list[Leftover]:
+        """Return what belongs to no artefact, drafts being written now left out."""
+        ...
+
+    def delete_leftover(self, leftover: Leftover) -> None:
+        """Delete one of them."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Return the free space where drafts are written."""
+        ...
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut, where the system can."""
+    with suppress(OSError):  # some file systems refuse to sync folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def drop_scratch(folder: Path) -> None:
+    """Delete what a draft may hold and an artefact may not: hidden and temporary files, empty folders."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # children before their folder
+        is_folder = path.is_dir() and not path.is_symlink()
+        if path.name.startswith(".") or path.name.endswith(".tmp"):
+            if is_folder:
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        elif is_folder and not any(path.iterdir()):
+            path.rmdir()
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the names of all files below a folder, relative to it, sorted.
+
+    Raises:
+        StoreError: One is a link or has a name that an artefact cannot hold.
+    """
+    names = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise StoreError(f"An artefact cannot hold the link {name!r}; write the file itself.")
+        if path.is_file():
+            try:
+                names.append(safe_file_name(name))
+            except ValueError as error:
+                raise StoreError(f"An artefact cannot hold this file: {error}.") from error
+    return names
+
+
+def checksum_files(folder: Path, names: list[str]) -> dict[str, FileEntry]:
+    """Hash each file once and make it durable."""
+
+    def entry(name: str) -> FileEntry:
+        with (folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+            os.fsync(file.fileno())
+            return FileEntry(sha256=digest.hexdigest(), bytes=file.tell())
+
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return dict(zip(names, pool.map(entry, names), strict=True))
+
+
+@contextmanager
+def process_lock(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock that the system frees when its holder dies, however it dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting()
+        lock.acquire(poll_interval=0.1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def process_lock_is_held(path: Path) -> bool:
+    """Say whether some process holds that lock now."""
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def bytes_below(path: Path) -> int:
+    """Return the bytes of all files at or below a path."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.lstat().st_size for p in path.rglob("*") if not p.is_dir())
+
+
+def modified_at(path: Path) -> datetime:
+    """Return when a path, or anything below it, was last changed."""
+    newest = path.lstat().st_mtime
+    for inner in path.rglob("*"):
+        with suppress(FileNotFoundError):
+            newest = max(newest, inner.lstat().st_mtime)
+    return datetime.fromtimestamp(newest, UTC)
