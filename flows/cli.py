@@ -1,0 +1,137 @@
+"""The command `tandem`: everything of ``pipeline.cli``, and what runs a whole configuration, under Prefect or not."""
+
+from __future__ import annotations
+
+import logging
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline import cli_queries, cli_store  # noqa: F401 - they add their commands to the app
+from pipeline.cli import app, show_comparison
+from pipeline.console import (
+    DEFAULT_STORE,
+    ForceOption,
+    JsonOption,
+    Output,
+    SetOption,
+    StoreOption,
+    open_store,
+    run_app,
+)
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+
+WHOLE = "The whole pipeline"
+
+PrefectOption = Annotated[
+    bool,
+    typer.Option(
+        "--prefect/--no-prefect",
+        help="Run as Prefect flows (on the server of `tandem up` if it is there), or as plain functions.",
+    ),
+]
+
+
+@app.command(rich_help_panel=WHOLE)
+def demo(
+    set_: SetOption = None,
+    prefect: PrefectOption = False,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Run the two-stage pipeline on a rendered catalogue whose right answer is known.
+
+    Examples: `tandem demo` · `tandem demo --prefect` · `tandem demo --set dataset.demo.n_items=300`
+    """
+    from pipeline.config import RunConfig, load_config
+
+    config = load_config(Path(str(files("pipeline") / "configs" / "demo.yaml")), RunConfig, set_ or [])
+    _run(config, prefect=prefect, store=store, force=force, json=json)
+
+
+@app.command(rich_help_panel=WHOLE)
+def run(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of a whole run; docs/configuration.md explains it.")
+    ],
+    set_: SetOption = None,
+    prefect: PrefectOption = True,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Run a whole configuration; stages whose artefacts exist are reused.
+
+    Examples: `tandem run shop.yaml` · `tandem run shop.yaml --no-prefect --set seeds='[0, 1]'`
+    """
+    from pipeline.config import RunConfig, load_config
+
+    _run(load_config(config, RunConfig, set_ or []), prefect=prefect, store=store, force=force, json=json)
+
+
+def _run(config: RunConfig, *, prefect: bool, store: str, force: bool, json: bool) -> None:
+    from pipeline.two_stage import PlainStages, run_two_stage
+
+    out = Output(as_json=json)
+    opened = open_store(store)
+    say = out.reporter.say
+    if prefect:
+        from flows.two_stage import run_two_stage_with_prefect
+
+        result = run_two_stage_with_prefect(config, opened, force=force, reporter=out.reporter)
+    else:
+        stages = PlainStages(opened, out.reporter, force=force)
+        result = run_two_stage(config, stages, lambda stage: say(stage.line()))
+    assert result.comparison is not None  # noqa: S101 - a finished run has one
+    comparison = result.comparison.artefact
+    opened.name(config.name, comparison)
+    every = result.all()
+    n_reused = sum(stage.reused for stage in every)
+    say(f"{len(every)} stages, {n_reused} reused; the comparison is {config.name!r} in {opened.url}")
+    document = {
+        "stages": [stage.to_json() for stage in every],
+        "reused": n_reused,
+        "comparison": comparison.ref,
+    }
+    show_comparison(out, comparison.path("comparison.md"), document)
+
+
+@app.command(rich_help_panel=WHOLE)
+def up(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other than 127.0.0.1 needs a login, see docs.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the UI and the API.")] = 4200,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Start the Prefect server with its UI, the deployments and a worker; Ctrl-C stops all of them."""
+    from flows.server import ServerConfig, serve
+
+    out = Output(as_json=json)
+    opened = open_store(store)
+    serve(ServerConfig(host=host, port=port, store=opened.url), out.reporter.say)
+
+
+@app.command(rich_help_panel=WHOLE)
+def doctor(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """Say what this machine can do: device, FAISS backend, versions, store, Prefect."""
+    from flows.server import prefect_status
+    from pipeline.doctor import examine
+
+    out = Output(as_json=json)
+    findings = examine(store)
+    findings["prefect"] = prefect_status()
+    lines = [f"{topic:<10} {finding}" for topic, finding in findings.items()]
+    out.show(findings, "\n".join(lines))
+
+
+def main() -> None:
+    """Run the command line."""
+    logging.basicConfig(level=logging.WARNING, format="tandem: %(message)s")
+    raise SystemExit(run_app(app))

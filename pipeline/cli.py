@@ -1,0 +1,198 @@
+"""The command line's stages: arguments -> a stage. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.console import (
+    DEFAULT_STORE,
+    ForceOption,
+    JsonOption,
+    Output,
+    SetOption,
+    StoreOption,
+    open_store,
+    run_app,
+    table,
+)
+
+app = typer.Typer(
+    name="tandem",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Multimodal recommendation in two stages: encode a catalogue once, index it, train recommenders on the "
+    "cached features and compare them honestly.",
+)
+
+STAGES = "One stage at a time"
+
+
+@app.command(rich_help_panel=STAGES)
+def dataset(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a dataset; without it, the demo catalogue.")] = None,
+    set_: SetOption = None,
+    name: Annotated[str, typer.Option(help="Keep the dataset under this name.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Import, filter and split a dataset.
+
+    Examples: `tandem dataset shop.yaml --name shop` · `tandem dataset --set demo.n_items=300`
+    """
+    from pipeline.config import load_config, parse_config, with_overrides
+    from pipeline.datasets.config import DatasetConfig
+    from pipeline.stages.prepare_dataset import prepare_dataset
+
+    out = Output(as_json=json)
+    overrides = set_ or []
+    if config is None:
+        settings = parse_config(with_overrides({}, overrides), DatasetConfig, "--set")
+    else:
+        settings = load_config(config, DatasetConfig, overrides)
+    opened = open_store(store)
+    result = prepare_dataset(opened, settings, reporter=out.reporter, force=force)
+    if name:
+        opened.name(name, result.artefact)
+    out.show(result.to_json(), result.line())
+
+
+@app.command(rich_help_panel=STAGES)
+def extract(
+    dataset: Annotated[str, typer.Argument(help="Name, key or folder of a dataset artefact.")],
+    encoder: Annotated[str, typer.Option(help="What encodes; `tandem encoders` lists the forms.")] = "tiny",
+    modality: Annotated[Literal["image", "text", "fused"], typer.Option(help="What is encoded.")] = "image",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the unreadable rows of these features again, and only those.")
+    ] = False,
+    set_: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Encode a dataset's pictures or texts once and cache the embeddings.
+
+    Examples: `tandem extract shop --encoder open_clip/ViT-B-32:openai --modality image` ·
+    `tandem extract shop --encoder tiny --modality text --set 'text.fields=[title]'`
+    """
+    from pipeline.config import parse_config, with_overrides
+    from pipeline.stages.extract_features import FeaturesConfig, extract_features
+
+    out = Output(as_json=json)
+    raw = with_overrides({"encoder": encoder, "modality": modality}, set_ or [])
+    result = extract_features(
+        open_store(store),
+        dataset,
+        parse_config(raw, FeaturesConfig, "--set"),
+        reporter=out.reporter,
+        force=force,
+        retry_failed=retry_failed,
+    )
+    out.show(result.to_json(), result.line())
+
+
+@app.command(rich_help_panel=STAGES)
+def index(
+    source: Annotated[str, typer.Argument(help="Feature artefact, or a run (its item embeddings).")],
+    set_: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Build a FAISS index and measure its recall against exact search.
+
+    Example: `tandem index tiny-image --set kind=hnsw`
+    """
+    from features.indexing import IndexConfig
+    from pipeline.config import parse_config, with_overrides
+    from pipeline.stages.build_index import build_index
+
+    out = Output(as_json=json)
+    settings = parse_config(with_overrides({}, set_ or []), IndexConfig, "--set")
+    result = build_index(open_store(store), source, settings, reporter=out.reporter, force=force)
+    out.show(result.to_json(), result.line())
+
+
+@app.command(rich_help_panel=STAGES)
+def train(
+    dataset: Annotated[str, typer.Argument(help="Name, key or folder of a dataset artefact.")],
+    features: Annotated[
+        list[str] | None, typer.Option("--features", "-f", help="A feature artefact to read; repeat for more modalities.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="`tandem recommenders` lists them.")] = "vbpr",
+    seed: Annotated[int, typer.Option(help="Of initial parameters, sampling and order.")] = 0,
+    set_: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Train one recommender on cached features and measure it.
+
+    Example: `tandem train shop -f tiny-image -f tiny-text --model vbpr --set training.epochs=50`
+    """
+    from pipeline.config import parse_config, with_overrides
+    from pipeline.stages.train_recommender import RunSettings, train_recommender
+
+    out = Output(as_json=json)
+    raw = with_overrides({"model": model, "seed": seed}, set_ or [])
+    settings = parse_config(raw, RunSettings, "--set")
+    result = train_recommender(
+        open_store(store), dataset, features or [], settings, reporter=out.reporter, force=force
+    )
+    out.show(result.to_json(), result.line())
+
+
+@app.command(rich_help_panel=STAGES)
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Runs to compare: names, keys or folders.")],
+    name: Annotated[str, typer.Option(help="Keep the comparison under this name.")] = "",
+    set_: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Compare runs: mean and spread over seeds, intervals, paired tests, floors, costs."""
+    from pipeline.comparison.config import ComparisonConfig
+    from pipeline.config import parse_config, with_overrides
+    from pipeline.stages.compare_features import compare_features
+
+    out = Output(as_json=json)
+    settings = parse_config(with_overrides({}, set_ or []), ComparisonConfig, "--set")
+    opened = open_store(store)
+    result = compare_features(opened, runs, settings, reporter=out.reporter, force=force)
+    if name:
+        opened.name(name, result.artefact)
+    show_comparison(out, result.artefact.path("comparison.md"), result.to_json())
+
+
+def show_comparison(out: Output, markdown: Path, document: dict[str, object]) -> None:
+    """Print a comparison's tables to a person, or its document to a program."""
+    if out.as_json:
+        out.show(document)
+        return
+    from rich.markdown import Markdown
+
+    out.console.print(Markdown(markdown.read_text(encoding="utf-8")))
+
+
+@app.command(rich_help_panel=STAGES)
+def encoders(json: JsonOption = False, store: StoreOption = DEFAULT_STORE) -> None:
+    """List the forms of an encoder's specification."""
+    from features.encoders.registry import ENCODER_FORMS
+
+    out = Output(as_json=json)
+    rows = [(form.spec, form.modalities, form.what) for form in ENCODER_FORMS]
+    out.show(
+        [{"spec": spec, "modalities": modalities, "what": what} for spec, modalities, what in rows],
+        table("Encoders", ("specification", "modalities", "what it is"), rows),
+    )
+
+
+def main() -> None:
+    """Run the command line without flows."""
+    raise SystemExit(run_app(app))
