@@ -1,0 +1,128 @@
+"""From what a person types to an encoder.
+
+| specification | encoder |
+|---|---|
+| `tiny` | the small CLIP that is shipped |
+| `open_clip/<architecture>:<tag>` | pretrained weights by open_clip's name for them |
+| `open_clip/<architecture>:<file>` | weights in a .safetensors, .pt or .bin file |
+| `open_clip/<architecture>:<tag>@<file>` | a tag's file, brought here by hand: as the tag in all else |
+| `open_clip/hf-hub:<owner>/<name>`, `open_clip/local-dir:<folder>` | a repository in open_clip's layout |
+| `random`, `random:<dim>`, `random:<dim>:<seed>` | a Gaussian row seeded by each content |
+| `constant`, `constant:<dim>` | ones |
+| `shuffled:<specification>`, `shuffled:<specification>@<seed>` | another item's vector of the inner encoder |
+"""
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from features.encoders import controls
+from features.encoders.base import Encoder, EncoderInfo, digest_json
+from features.errors import EncoderError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the encoders of one kind of specification are described and made."""
+
+    example: str
+    describe: Callable[[str], EncoderInfo]
+    load: Callable[[str], Encoder]
+
+
+FAMILIES: dict[str, Family] = {
+    "random": Family("random:64:0", controls.describe_control, controls.load_control),
+    "constant": Family("constant:64", controls.describe_control, controls.load_control),
+}
+"""The word before the first `/` or `:` of a specification -> its family."""
+
+_SHUFFLED = "shuffled:"
+
+
+@dataclass(frozen=True)
+class ShuffledSpec:
+    """`shuffled:<inner>@<seed>`, parsed."""
+
+    inner: str
+    seed: int
+
+
+def describe_encoder(spec: str) -> EncoderInfo:
+    """What an encoder is, without building it; its weights are hashed, and fetched first if a tag names them.
+
+    `shuffled:<inner>` is described as its inner encoder with a digest of its own, as its rows are dealt
+    from the inner feature set.
+
+    Raises:
+        EncoderError: The specification names nothing that can be had; the message says what to type.
+    """
+    shuffled = parse_shuffled(spec)
+    if shuffled is not None:
+        return _describe_shuffled(spec, shuffled)
+    return _family(spec).describe(spec)
+
+
+def load_encoder(spec: str, *, device: str | torch.device = "cpu") -> Encoder:
+    """The encoder of a specification, in evaluation mode on ``device``; its `info` is `describe_encoder`'s.
+
+    Raises:
+        EncoderError: The specification names nothing that can be had, its weights do not fit, or it is
+            `shuffled:...`, which deals the rows of a finished feature set and encodes nothing.
+    """
+    inner = inner_spec(spec)
+    if inner is not None:
+        raise EncoderError(
+            f"encoder {spec!r} encodes nothing: it deals out the rows of {inner!r}; extract {inner!r} and "
+            "shuffle its feature table."
+        )
+    return _family(spec).load(spec).to(device).eval()
+
+
+def parse_shuffled(spec: str) -> ShuffledSpec | None:
+    """Read `shuffled:<inner>` or `shuffled:<inner>@<seed>` (seed 0 if left out); None for any other encoder.
+
+    Raises:
+        EncoderError: No inner encoder, or it is shuffled itself.
+    """
+    if not spec.startswith(_SHUFFLED):
+        return None
+    inner = spec.removeprefix(_SHUFFLED)
+    seed = 0
+    if match := re.fullmatch(r"(.+)@([0-9]+)", inner):
+        inner, seed = match[1], int(match[2])
+    if not inner or inner.startswith(_SHUFFLED):
+        raise EncoderError(
+            f"encoder {spec!r} shuffles no encoder; for example shuffled:tiny or shuffled:tiny@1."
+        )
+    return ShuffledSpec(inner, seed)
+
+
+def inner_spec(spec: str) -> str | None:
+    """The encoder whose rows `shuffled:...` deals out; None for any other encoder."""
+    shuffled = parse_shuffled(spec)
+    return None if shuffled is None else shuffled.inner
+
+
+def _describe_shuffled(spec: str, shuffled: ShuffledSpec) -> EncoderInfo:
+    inner = describe_encoder(shuffled.inner)
+    dealt = digest_json({"preprocessing": inner.preprocessing_sha256, "shuffled_with_seed": shuffled.seed})
+    name = f"shuffled-{shuffled.seed}-{inner.name}"
+    return inner.model_copy(update={"spec": spec, "name": name, "preprocessing_sha256": dealt})
+
+
+def _family(spec: str) -> Family:
+    word = re.split(r"[/:]", spec, maxsplit=1)[0]
+    if word in FAMILIES:
+        return FAMILIES[word]
+    if word == "given":
+        raise EncoderError(
+            "encoder 'given' stands for features that came with a dataset and encodes nothing; use it where "
+            "a dataset was imported with features (MMRec's .npy files)."
+        )
+    near = difflib.get_close_matches(word, [*FAMILIES, "shuffled", "given"], n=1)
+    examples = ", ".join(family.example for family in FAMILIES.values())
+    hint = f"did you mean {near[0]!r}? Forms: " if near else "expected a form like "
+    raise EncoderError(f"encoder {spec!r} is not known; {hint}{examples}, shuffled:tiny.")
