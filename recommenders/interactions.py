@@ -69,6 +69,15 @@ class Interactions:
             None if self.ratings is None else self.ratings[which],
         )
 
+    def plus(self, other: Interactions) -> Interactions:
+        """Return these pairs followed by those of ``other``, without times and ratings."""
+        return Interactions(
+            np.concatenate([self.user_rows, other.user_rows]),
+            np.concatenate([self.item_rows, other.item_rows]),
+            self.n_users,
+            self.n_items,
+        )
+
     def keys(self) -> Int64Array:
         """Return the (E',) sorted and unique ``user * n_items + item``: the set of pairs as one array."""
         return np.unique(self.user_rows * self.n_items + self.item_rows)
