@@ -9,6 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+PARTS = ("train", "valid", "test")
+"""Names of the parts of a split, in the order of their labels 0, 1, 2."""
+
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
 
