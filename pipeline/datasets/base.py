@@ -36,7 +36,7 @@ class RawDataset:
     """
 
     items: pl.DataFrame
-    """``item_id`` string, unique; ``image`` string, relative to ``image_root``, or null; any further columns."""
+    """``item_id`` string, unique; ``image`` string below ``image_root`` or null; any further columns."""
     interactions: pl.DataFrame
     """``user_id``, ``item_id`` strings; ``rating`` float32, ``timestamp`` int64, ``split`` where known."""
     image_root: str = ""
@@ -53,8 +53,8 @@ class RawDataset:
         for modality, vectors in self.given_features.items():
             if vectors.ndim != 2 or len(vectors) != len(self.items):
                 raise DatasetError(
-                    f"The given {modality} features have shape {vectors.shape}; expected one row for each of the "
-                    f"{len(self.items):,} items. Bring the features that belong to these items."
+                    f"The given {modality} features have shape {vectors.shape}; expected one row for each of "
+                    f"the {len(self.items):,} items. Bring the features that belong to these items."
                 )
 
     @property
@@ -101,7 +101,8 @@ def require_columns(table: pl.DataFrame, columns: dict[str, str], source: str) -
         found = next((name for name in table.columns if near and name.lower() == near[0]), None)
         hint = f"did you mean {found!r}? Set {setting} to it" if found else f"set {setting} to one of these"
         raise DatasetError(
-            f"{source} has no column {column!r} ({setting}); {hint}. Its columns are: {', '.join(table.columns)}."
+            f"{source} has no column {column!r} ({setting}); {hint}. "
+            f"Its columns are: {', '.join(table.columns)}."
         )
 
 
@@ -132,8 +133,8 @@ def _check_items(items: pl.DataFrame) -> None:
 def _check_interactions(interactions: pl.DataFrame, item_ids: pl.Series) -> None:
     if not len(interactions):
         raise DatasetError(
-            "The dataset has no interaction left; expected at least one. Look at the interactions file, at whether its "
-            "item ids are those of the items, and at the filters."
+            "The dataset has no interaction left; expected at least one. Look at the interactions file, at "
+            "whether its item ids are those of the items, and at the filters."
         )
     for column, dtype in INTERACTION_TYPES.items():
         if column in interactions.columns and interactions.schema[column] != dtype:
@@ -141,7 +142,8 @@ def _check_interactions(interactions: pl.DataFrame, item_ids: pl.Series) -> None
     unknown = interactions["item_id"].filter(~interactions["item_id"].is_in(item_ids.implode()))
     if len(unknown):
         raise DatasetError(
-            f"{len(unknown):,} interactions are with items that are not listed: {few(unknown.unique().to_list())}."
+            f"{len(unknown):,} interactions are with items that are not listed: "
+            f"{few(unknown.unique(maintain_order=True).to_list())}. List them, or drop these interactions."
         )
     if "split" in interactions.columns:
         strange = sorted(set(interactions["split"].unique().to_list()) - set(SPLIT_NAMES), key=str)

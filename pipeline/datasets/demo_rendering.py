@@ -1,10 +1,11 @@
 """Draws a product of the demo catalogue: a shape in a colour, with pattern and texture, before a background.
 
-Everything is drawn with distance functions on a grid of points: negative inside, about the distance to the edge, so
-that a soft threshold gives clean edges at any size. Coordinates run from -1 to 1, x to the right and y down.
+Everything is drawn with distance functions on a grid of points: negative inside, about the distance to the
+edge, so that a soft threshold gives clean edges at any size. Coordinates run from -1 to 1, x to the right and
+y down.
 
-The signs of the text traits (a brand's mark, an edge style for the material, an icon for the use) are drawn only for
-the pairs that ``tiny`` is trained on. A picture of the catalogue never shows them.
+The signs of the text traits (a brand's mark, an edge style for the material, an icon for the use) are drawn
+only for the pairs that ``tiny`` is trained on. A picture of the catalogue never shows them.
 """
 
 from __future__ import annotations
@@ -210,16 +211,21 @@ def _textured(texture: int, painted: Canvas, u: Plane, v: Plane, rng: np.random.
     if texture == 1:  # grainy: blotches of about two pixels in a hundred
         coarse = rng.uniform(-0.4, 0.4, size=(48, 48)).astype(np.float32)
         rows, columns = np.arange(height) * 48 // height, np.arange(width) * 48 // width
-        return painted * (1.0 + coarse[rows][:, columns])[:, :, None]
+        return _shaded(painted, coarse[rows][:, columns])
     if texture == 2:  # streaky: lines of uneven brightness
         lines = rng.uniform(-0.35, 0.35, size=32).astype(np.float32)
-        return painted * (1.0 + lines[np.arange(height) * 32 // height])[:, None, None]
+        return _shaded(painted, lines[np.arange(height) * 32 // height][:, None])
     if texture == 3:  # glossy: a bright spot at the upper left and a darker lower edge
         spot = np.exp(-((u + 0.3) ** 2 + (v + 0.35) ** 2) / np.float32(0.12))[:, :, None]
-        shade = (1.0 - 0.35 * np.clip(v, 0.0, 1.0))[:, :, None]
-        glossy: Canvas = painted * shade + (1.0 - painted * shade) * 0.9 * spot
-        return glossy
+        dimmed = _shaded(painted, -0.35 * np.clip(v, 0.0, 1.0))
+        return dimmed + (1.0 - dimmed) * np.float32(0.9) * spot
     return painted
+
+
+def _shaded(painted: Canvas, change: Plane) -> Canvas:
+    """Make the paint lighter or darker by a share at each point, or by one number a row."""
+    shaded: Canvas = painted * (1.0 + change)[:, :, None]
+    return shaded
 
 
 def _background(background: int, x: Plane, y: Plane, rng: np.random.Generator) -> Canvas:

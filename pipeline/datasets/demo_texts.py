@@ -153,7 +153,7 @@ def write_text(traits: Mapping[str, int], rng: np.random.Generator) -> ProductTe
         "noun": _pick(_NOUNS, rng),
     }
     title = _pick(_TITLES, rng).format(**words)
-    # The description has its own choice of words, so that titles and descriptions do not just repeat each other.
+    # The description has its own choice of words, so that it does not just repeat the title.
     words["material"], words["use"] = (
         _pick(MATERIALS[traits["material"]], rng),
         _pick(USES[traits["use"]], rng),

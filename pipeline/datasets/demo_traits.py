@@ -1,7 +1,7 @@
 """The hidden causes of the demo: what a product looks like, and what its text says of it.
 
-Pictures show the visual traits only, texts name the text traits only, and the two are drawn independently of each
-other. So an encoder of one modality cannot know what the other one tells, and a recommender needs both.
+Pictures show the visual traits only, texts name the text traits only, and the two are drawn independently of
+each other. So an encoder of one modality cannot know what the other one tells, and a recommender needs both.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ProductTraits:
 
 
 def draw_traits(n_items: int, rng: np.random.Generator) -> ProductTraits:
-    """Draw the traits of ``n_items`` products, every trait on its own and each value equally often (to within one)."""
+    """Draw the traits of ``n_items`` products: each trait on its own, its values equally often (to one)."""
     values = {}
     for trait in ALL_TRAITS:
         dealt = np.arange(n_items) % len(trait.values)

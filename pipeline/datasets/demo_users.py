@@ -1,4 +1,4 @@
-"""Simulates the users of the demo: tastes, the utility of every product to every user, and what they choose."""
+"""Simulates the users of the demo: tastes, the utility of each product to each user, what they choose."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.datasets.demo_traits import TEXT_TRAITS, VISUAL_TRAITS, ProductTra
 Float32Array = NDArray[np.float32]
 
 SIGNAL = 2.2
-"""Standard deviation of what either modality adds to a user's utilities; the noise of a choice has pi / sqrt(6) = 1.28."""
+"""Standard deviation of what either modality adds to a user's utilities; a choice's noise has 1.28."""
 POPULARITY = 0.3
 """Standard deviation of what all users agree on, whatever the traits."""
 N_CIRCLES = 30
@@ -58,11 +58,11 @@ def choose(
         fewest: Smallest number of choices of a user.
         most: Largest number, at most I.
         rng: Draws the noise, the numbers and the times.
-        block_users: Users at a time; the noise needs ``block_users`` x I numbers. It does not change the result.
+        block_users: Users at a time, as the noise is a matrix; the result does not depend on it.
 
     Source: Kool et al., "Stochastic Beams and Where to Find Them", ICML 2019, section 2.3 (Gumbel top-k).
     """
-    n_users, n_items = scores.shape
+    n_users = len(scores)
     counts = rng.integers(fewest, most + 1, size=n_users)
     users, items = [], []
     for start in range(0, n_users, block_users):
@@ -76,7 +76,6 @@ def choose(
     user_rows, item_rows = np.concatenate(users), np.concatenate(items)
     timestamps = rng.integers(FIRST_SECOND, LAST_SECOND + 1, size=len(user_rows))
     order = np.lexsort((timestamps, user_rows))
-    assert n_items > int(item_rows.max())
     return Choices(user_rows[order].astype(np.int64), item_rows[order].astype(np.int64), timestamps[order])
 
 

@@ -20,8 +20,8 @@ class FilterConfig(BaseModel, frozen=True, extra="forbid"):
 
     duplicates: Literal["keep_first", "keep_last", "keep_all", "error"] = Field(
         "keep_first",
-        description="Which interaction stays where a user meets an item again: by time where there are times, "
-        "else by place in the file. `keep_all` keeps them, `error` refuses them.",
+        description="Which interaction stays where a user meets an item again: by time where there are "
+        "times, else by place in the file. `keep_all` keeps them, `error` refuses them.",
     )
     min_rating: float = Field(0.0, description="Interactions with a lower rating are dropped; 0 keeps all.")
     k_core: NonNegativeInt = Field(
@@ -39,39 +39,22 @@ def apply_filters(dataset: RawDataset, config: FilterConfig) -> RawDataset:
     """Drop what the configuration says and count it in ``drops``; the order of what stays is kept.
 
     Raises:
-        DatasetError: Nothing is left, a minimum rating without ratings, or repeated pairs where they are refused.
+        DatasetError: Nothing is left, a minimum rating without ratings, or repeated pairs where they are
+            refused.
     """
     drops = dict(dataset.drops)
     interactions = _one_per_pair(dataset.interactions, config, drops)
     interactions = _well_rated(interactions, config, drops)
-    if not config.k_core:
-        return replace(dataset, interactions=interactions, drops=drops)
-    core = k_core(interactions, config.k_core)
-    if not len(core):
-        raise DatasetError(
-            f"No interaction is left in the {config.k_core}-core of {len(interactions):,} interactions; lower "
-            "filters.k_core or filters.min_rating."
-        )
-    drops[f"interactions outside of the {config.k_core}-core"] = len(interactions) - len(core)
-    drops[f"users outside of the {config.k_core}-core"] = _lost(interactions, core, "user_id")
-    if config.keep_unused_items:
-        return replace(dataset, interactions=core, drops=drops)
-    keep = dataset.items["item_id"].is_in(core["item_id"].unique().implode())
-    drops[f"items outside of the {config.k_core}-core"] = int((~keep).sum())
-    mask = keep.to_numpy()
-    return replace(
-        dataset,
-        items=dataset.items.filter(keep),
-        interactions=core,
-        drops=drops,
-        given_features={name: vectors[mask] for name, vectors in dataset.given_features.items()},
-    )
+    filtered = replace(dataset, interactions=interactions)
+    if config.k_core:
+        filtered = _core(filtered, config, drops)
+    return replace(filtered, drops={what: count for what, count in drops.items() if count})
 
 
 def k_core(interactions: pl.DataFrame, k: int) -> pl.DataFrame:
     """Return the largest part in which every user and every item has at least ``k`` interactions.
 
-    Users and items are dropped in turn until a round drops nothing; the result does not depend on whose turn is first.
+    Users and items are dropped in turn until a round drops nothing; whose turn is first does not matter.
     """
     while True:
         before = len(interactions)
@@ -118,12 +101,36 @@ def _well_rated(interactions: pl.DataFrame, config: FilterConfig, drops: dict[st
     drops["interactions without a rating"] = len(interactions) - len(rated)
     drops[f"interactions rated below {config.min_rating:g}"] = len(rated) - len(kept)
     if not len(kept):
-        highest = rated["rating"].max() if len(rated) else None
+        highest = (
+            f"the highest rating is {rated['rating'].to_numpy().max():g}" if len(rated) else "none has one"
+        )
         raise DatasetError(
-            f"No interaction is rated {config.min_rating:g} or better; the highest rating is {highest}. "
-            "Lower filters.min_rating."
+            f"No interaction is rated {config.min_rating:g} or better; {highest}. Lower filters.min_rating."
         )
     return kept
+
+
+def _core(dataset: RawDataset, config: FilterConfig, drops: dict[str, int]) -> RawDataset:
+    before = dataset.interactions
+    core = k_core(before, config.k_core)
+    if not len(core):
+        raise DatasetError(
+            f"No interaction is left in the {config.k_core}-core of {len(before):,} interactions; "
+            "lower filters.k_core or filters.min_rating."
+        )
+    drops[f"interactions outside of the {config.k_core}-core"] = len(before) - len(core)
+    drops[f"users outside of the {config.k_core}-core"] = _lost(before, core, "user_id")
+    if config.keep_unused_items:
+        return replace(dataset, interactions=core)
+    keep = dataset.items["item_id"].is_in(core["item_id"].unique().implode())
+    drops[f"items outside of the {config.k_core}-core"] = int((~keep).sum())
+    mask = keep.to_numpy()
+    return replace(
+        dataset,
+        items=dataset.items.filter(keep),
+        interactions=core,
+        given_features={name: vectors[mask] for name, vectors in dataset.given_features.items()},
+    )
 
 
 def _lost(before: pl.DataFrame, after: pl.DataFrame, column: str) -> int:

@@ -1,7 +1,8 @@
 """Importer ``lattice``: the JSON files of LATTICE, which many later papers use, with their split.
 
-A folder such as ``baby`` with ``5-core/train.json``, ``val.json`` and ``test.json`` (user number -> item numbers),
-``user2id.json`` and ``item2id.json`` (id -> number), and perhaps ``image_feat.npy`` and ``text_feat.npy``.
+A folder such as ``baby`` with ``5-core/train.json``, ``val.json`` and ``test.json`` (user number -> item
+numbers), ``user2id.json`` and ``item2id.json`` (id -> number), and perhaps ``image_feat.npy`` and
+``text_feat.npy``.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def import_lattice(config: LatticeConfig) -> RawDataset:
         )
         if unknown:
             raise DatasetError(
-                f"{folder / config.core} names {side} numbers that {MAPPINGS[side]} does not have: {few(unknown)}. "
-                "Bring the files of one data set."
+                f"{folder / config.core} names {side} numbers that {MAPPINGS[side]} does not have: "
+                f"{few(unknown)}. Bring the files of one data set."
             )
     interactions = pl.DataFrame(
         {
@@ -100,7 +101,8 @@ def _ids_by_number(path: Path) -> list[str]:
     for name, number in numbers.items():
         if not isinstance(number, int) or not 0 <= number < len(ids) or ids[number] is not None:
             raise DatasetError(
-                f"{path} gives {name!r} the number {number!r}; expected each number from 0 to {len(ids) - 1} once."
+                f"{path} gives {name!r} the number {number!r}; expected each number from 0 to "
+                f"{len(ids) - 1} once. Bring the file of this data set."
             )
         ids[number] = name
     return [name for name in ids if name is not None]

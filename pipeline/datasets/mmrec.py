@@ -64,8 +64,8 @@ def import_mmrec(config: MmrecConfig) -> RawDataset:
     """Read interactions, split and features.
 
     Raises:
-        DatasetError: A file or column that is not there or not of its kind, an item number without a feature row, or
-            a mapping that does not name every item once.
+        DatasetError: A file or column that is not there or not of its kind, an item number without a feature
+            row, or a mapping that does not name every item once.
     """
     folder = source_folder("mmrec.folder", config.folder)
     path = _inter_file(config, folder)
@@ -96,8 +96,8 @@ def import_mmrec(config: MmrecConfig) -> RawDataset:
 def read_inter(path: Path) -> pl.DataFrame:
     """Read an ``.inter`` file, all columns as strings.
 
-    Fields are separated by tabs or by commas, whichever the header has; lines may end in CRLF; a type behind a
-    column's name, as in RecBole's ``itemID:token``, is cut off.
+    Fields are separated by tabs or by commas, whichever the header has; lines may end in CRLF; a type behind
+    a column's name, as in RecBole's ``itemID:token``, is cut off.
 
     Raises:
         DatasetError: No header of several columns, or lines that do not fit it.
@@ -107,7 +107,8 @@ def read_inter(path: Path) -> pl.DataFrame:
     separator = "\t" if b"\t" in header else ","
     if separator.encode() not in header:
         raise DatasetError(
-            f"{path} starts with {header[:80]!r}; expected the names of its columns, separated by tabs or commas."
+            f"{path} starts with {header[:80]!r}; expected the names of its columns, separated by tabs or "
+            "commas. Give the file its header line."
         )
     try:
         table = pl.read_csv(content, separator=separator, infer_schema=False, quote_char=None)
@@ -150,7 +151,8 @@ def _numbers(column: pl.Series, path: Path) -> pl.Series:
     bad = column.filter(numbers.is_null() | (numbers < 0)).unique(maintain_order=True).to_list()
     if bad:
         raise DatasetError(
-            f"{path}: column {column.name!r} holds {few(bad)}; expected item numbers from 0, the rows of the features."
+            f"{path}: column {column.name!r} holds {few(bad)}; expected item numbers from 0, the rows of the "
+            "features. Look at mmrec.item."
         )
     return numbers
 
@@ -166,7 +168,8 @@ def _count_items(rows: NDArray[np.int64], features: dict[str, NDArray[np.float32
     n_items = next(iter(sizes.values()), needed)
     if n_items < needed:
         raise DatasetError(
-            f"{path} names item {needed - 1}, but the features have {n_items:,} rows. Bring the features of this data set."
+            f"{path} names item {needed - 1}, but the features have {n_items:,} rows. "
+            "Bring the features of this data set."
         )
     return n_items
 
@@ -180,7 +183,8 @@ def _item_ids(config: MmrecConfig, folder: Path, n_items: int) -> list[str]:
     others = [name for name in table.columns if name != config.item]
     if len(others) != 1:
         raise DatasetError(
-            f"{path} has the columns {', '.join(table.columns)}; expected {config.item!r} and one column of item ids."
+            f"{path} has the columns {', '.join(table.columns)}; expected {config.item!r} and one column of "
+            "item ids. Remove the others."
         )
     ids: list[str | None] = [None] * n_items
     for row, name in zip(

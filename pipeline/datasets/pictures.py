@@ -7,43 +7,49 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Final
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal
 
 import fsspec
 import polars as pl
 from PIL import Image
 from pydantic import BaseModel, Field, PositiveInt
 
+from features.catalogue import leaves_folder
 from pipeline.datasets.base import RawDataset, few
 from pipeline.errors import DatasetError
 
 Progress = Callable[[int, int], None]
 """Called with the number of pictures done and their total."""
 
-NO_FILE: Final = "pictures listed but not found (item kept without picture)"
-TOO_LARGE: Final = "pictures above {:,} pixels (item kept; extraction refuses the picture)"
-NO_PICTURE: Final = "picture files that are no picture (item kept; extraction gives the reason)"
+Problem = Literal["", "no file", "no access", "too large", "no picture"]
+
+PROBLEMS: Final[dict[Problem, str]] = {
+    "no file": "pictures listed but not found (item kept without picture)",
+    "no access": "picture files that may not be read (item kept, picture unreadable)",
+    "too large": "pictures of more pixels than allowed (item kept; extraction refuses the picture)",
+    "no picture": "picture files that are no picture (item kept; extraction gives the reason)",
+}
+"""What is counted of a dataset's pictures, and what becomes of their items."""
 
 
 class PictureLimits(BaseModel, frozen=True, extra="forbid"):
-    """What is looked at while pictures are hashed."""
+    """How pictures are checked while they are hashed."""
 
     max_pixels: PositiveInt = Field(
-        50_000_000,
-        description="Pictures with more pixels are counted; width and height are read from the header.",
+        50_000_000, description="Pictures with more pixels are counted; their header says how many they have."
     )
     n_threads: PositiveInt = Field(8, description="Pictures read at the same time.")
 
 
 @dataclass(frozen=True)
-class _Looked:
+class LookedAt:
     """What reading one picture file found."""
 
     digest: str | None
-    """SHA-256 of the bytes; None where there is no file."""
-    problem: str = ""
+    """SHA-256 of the bytes; None where there is no picture, or its bytes could not be had."""
+    problem: Problem = ""
 
 
 def hash_pictures(
@@ -57,41 +63,66 @@ def hash_pictures(
     Args:
         items: With ``image``, relative to ``image_root``, or null.
         image_root: Local folder or fsspec URL.
-        limits: Sizes to count and how many threads read.
+        limits: Which sizes to count, and how many threads read.
         progress: Told after each picture.
 
     Returns:
-        The items with ``image_hash``; an item whose picture is not found has neither image nor hash. And the counts.
+        The items with ``image_hash``, and the counts. An item whose picture is not found has neither image
+        nor hash; one whose picture is there and may not be read has no hash.
 
     Raises:
-        DatasetError: A path leaves ``image_root``, or a picture is there and cannot be read.
+        DatasetError: A path leaves ``image_root``, or reading fails in a way that a second try may mend.
     """
-    limits = limits or PictureLimits()
     images = items["image"].to_list() if "image" in items.columns else [None] * len(items)
-    check_inside(image_root, [image for image in images if image is not None])
-    looked = list(_look(image_root, images, limits, progress))
-    counts = {
-        NO_FILE: sum(
-            image is not None and look.digest is None for image, look in zip(images, looked, strict=True)
-        ),
-        TOO_LARGE.format(limits.max_pixels): sum(look.problem == "large" for look in looked),
-        NO_PICTURE: sum(look.problem == "no picture" for look in looked),
-    }
-    digests = pl.Series("image_hash", [look.digest for look in looked], dtype=pl.String)
-    kept = pl.Series("image", images, dtype=pl.String).zip_with(
-        digests.is_not_null(), pl.Series("image", [None] * len(items), dtype=pl.String)
+    looked = list(look_at_pictures(image_root, images, limits or PictureLimits(), progress))
+    kept = [None if look.problem == "no file" else image for image, look in zip(images, looked, strict=True)]
+    counts = {what: sum(look.problem == problem for look in looked) for problem, what in PROBLEMS.items()}
+    hashed = items.with_columns(
+        pl.Series("image", kept, dtype=pl.String),
+        pl.Series("image_hash", [look.digest for look in looked], dtype=pl.String),
     )
-    return items.with_columns(kept, digests), {name: count for name, count in counts.items() if count}
+    return hashed, {what: count for what, count in counts.items() if count}
 
 
 def with_picture_hashes(
     dataset: RawDataset, limits: PictureLimits | None = None, progress: Progress | None = None
 ) -> RawDataset:
-    """The dataset with ``image_hash`` and with the counts of ``hash_pictures`` added to its drops."""
+    """The dataset with ``image_hash``, and with the counts of ``hash_pictures`` among its drops."""
     items, counts = hash_pictures(dataset.items, dataset.image_root, limits, progress)
-    return RawDataset(
-        items, dataset.interactions, dataset.image_root, {**dataset.drops, **counts}, dataset.given_features
-    )
+    return replace(dataset, items=items, drops={**dataset.drops, **counts})
+
+
+def look_at_pictures(
+    image_root: str,
+    images: Sequence[str | None],
+    limits: PictureLimits,
+    progress: Progress | None = None,
+) -> Iterator[LookedAt]:
+    """Read pictures in threads; what was found comes in the order of ``images``.
+
+    Raises:
+        DatasetError: As ``hash_pictures``.
+    """
+    check_inside(image_root, [image for image in images if image is not None])
+
+    def look(image: str | None) -> LookedAt:
+        if image is None:
+            return LookedAt(None)
+        try:
+            content = read_picture(image_root, image)
+        except PermissionError:
+            return LookedAt(None, "no access")
+        if content is None:
+            return LookedAt(None, "no file")
+        return LookedAt(hashlib.sha256(content).hexdigest(), _problem(content, limits.max_pixels))
+
+    with ThreadPoolExecutor(limits.n_threads) as pool, warnings.catch_warnings():
+        # Pillow warns of large pictures; we count them, against our own limit.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        for done, looked in enumerate(pool.map(look, images), start=1):
+            if progress is not None:
+                progress(done, len(images))
+            yield looked
 
 
 def check_inside(image_root: str, images: Sequence[str]) -> None:
@@ -103,8 +134,9 @@ def check_inside(image_root: str, images: Sequence[str]) -> None:
     outside = [image for image in images if not _is_inside(image_root, image)]
     if outside:
         raise DatasetError(
-            f"{len(outside):,} picture paths leave the folder {image_root or '(none given)'}: {few(outside)}. "
-            "Give paths relative to it, without '..'; or name a folder that holds all pictures."
+            f"{len(outside):,} picture paths leave the folder {image_root or '(none given)'}: "
+            f"{few(outside)}. Give paths relative to it, without '..' and links to elsewhere; or name a "
+            "folder that holds all pictures."
         )
 
 
@@ -114,7 +146,12 @@ def is_remote(root: str) -> bool:
 
 
 def read_picture(image_root: str, image: str) -> bytes | None:
-    """The bytes of a picture, or None where there is no such file."""
+    """The bytes of a picture, or None where there is no such file.
+
+    Raises:
+        PermissionError: The file may not be read.
+        DatasetError: Reading fails for another reason.
+    """
     try:
         if is_remote(image_root):
             with fsspec.open(f"{image_root.rstrip('/')}/{image}", "rb") as stream:
@@ -123,48 +160,27 @@ def read_picture(image_root: str, image: str) -> bytes | None:
         return (Path(image_root) / image).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+    except PermissionError:
+        raise
     except OSError as error:
         raise DatasetError(
-            f"The picture {image!r} in {image_root} cannot be read: {error}. Make it readable or remove it."
+            f"The picture {image[:200]!r} in {image_root} cannot be read: {error}. Try again, or remove it."
         ) from error
 
 
-def _look(
-    image_root: str, images: Sequence[str | None], limits: PictureLimits, progress: Progress | None
-) -> Iterator[_Looked]:
-    def look(image: str | None) -> _Looked:
-        content = None if image is None else read_picture(image_root, image)
-        if content is None:
-            return _Looked(None)
-        return _Looked(hashlib.sha256(content).hexdigest(), _problem(content, limits.max_pixels))
-
-    with ThreadPoolExecutor(limits.n_threads) as pool, warnings.catch_warnings():
-        # Pillow warns of large pictures; we count them, against our own limit.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        for done, looked in enumerate(pool.map(look, images), start=1):
-            if progress is not None:
-                progress(done, len(images))
-            yield looked
-
-
-def _problem(content: bytes, max_pixels: int) -> str:
+def _problem(content: bytes, max_pixels: int) -> Problem:
     """Look at the header only: no pixel is decoded."""
     try:
         with Image.open(io.BytesIO(content)) as picture:
-            return "large" if picture.width * picture.height > max_pixels else ""
+            return "too large" if picture.width * picture.height > max_pixels else ""
     except Image.DecompressionBombError:
-        return "large"
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-    ):  # what Pillow's format readers raise for bytes that are no picture
+        return "too large"
+    except (OSError, ValueError, SyntaxError):  # what Pillow's readers raise for bytes that are no picture
         return "no picture"
 
 
 def _is_inside(image_root: str, image: str) -> bool:
-    path = PurePosixPath(image.replace("\\", "/"))
-    if not image or not image_root or path.is_absolute() or ".." in path.parts or "\0" in image:
+    if not image_root or leaves_folder(image):
         return False
     if is_remote(image_root):
         return True

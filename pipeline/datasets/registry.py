@@ -1,4 +1,4 @@
-"""The importers by name, and the whole way from a configuration to a filtered dataset with hashed pictures."""
+"""The importers by name, and the way from a configuration to a filtered dataset with hashed pictures."""
 
 from __future__ import annotations
 

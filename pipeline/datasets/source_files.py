@@ -61,8 +61,8 @@ def file_sha256(path: Path) -> str:
 def read_table(path: Path) -> pl.DataFrame:
     """Read a table by its ending; a ``.gz`` or ``.zst`` may follow that of a text format.
 
-    Columns of text formats without types (CSV, TSV) come as strings, so that an id such as 00123 keeps its zeros;
-    empty fields are null.
+    Columns of text formats without types (CSV, TSV) come as strings, so that an id such as 00123 keeps its
+    zeros; empty fields are null.
 
     Raises:
         DatasetError: An ending that is not known, or a file that is not of its format.
@@ -130,17 +130,19 @@ def read_given_features(path: Path) -> NDArray[np.float32]:
         loaded = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DatasetError(
-            f"{path} cannot be read as .npy: {error}. Bring the file again, saved by numpy.save as plain numbers."
+            f"{path} cannot be read as .npy: {error}. Bring it again, saved by numpy.save as plain numbers."
         ) from error
     if loaded.ndim != 2 or loaded.dtype.kind not in "fiu":
         raise DatasetError(
-            f"{path} holds {loaded.dtype} of shape {loaded.shape}; expected numbers of shape (items, features)."
+            f"{path} holds {loaded.dtype} of shape {loaded.shape}; expected numbers of shape "
+            "(items, features). Save one row for each item."
         )
     vectors: NDArray[np.float32] = np.ascontiguousarray(loaded, dtype=np.float32)
     broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(broken):
         raise DatasetError(
-            f"{path} holds numbers that are not finite in {len(broken):,} rows: {few(broken.tolist())}. Repair these rows."
+            f"{path} holds numbers that are not finite in {len(broken):,} rows: {few(broken.tolist())}. "
+            "Repair these rows."
         )
     return vectors
 

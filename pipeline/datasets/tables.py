@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 from pydantic import BaseModel, Field, JsonValue, model_validator
 
 from pipeline.datasets.base import RawDataset, few, require_columns
-from pipeline.datasets.pictures import check_inside, is_remote, read_picture
+from pipeline.datasets.pictures import (
+    PictureLimits,
+    check_inside,
+    is_remote,
+    look_at_pictures,
+    read_picture,
+)
 from pipeline.datasets.source_files import file_sha256, first_bad, read_table, source_file, strings
 from pipeline.errors import DatasetError
 
@@ -24,8 +31,8 @@ SPLIT_WORDS = {
 class TablesConfig(BaseModel, frozen=True, extra="forbid"):
     """Files and columns.
 
-    A column that still has its default name may be lacking (but for the ids); one named otherwise must be there;
-    an empty name reads none. Items keep the order of their file, and all further columns of theirs.
+    A column that still has its default name may be lacking (but for the ids); one named otherwise must be
+    there; an empty name reads none. Items keep the order of their file, and all further columns of theirs.
     """
 
     items: str = Field("", description="Table of items: .parquet, .csv, .tsv, .jsonl (also .gz, .zst).")
@@ -43,23 +50,24 @@ class TablesConfig(BaseModel, frozen=True, extra="forbid"):
     )
     image_extension: str = Field(
         "",
-        description="Where pictures are named by item id: their ending, such as `.jpg`. The image column is not read.",
+        description="Where pictures are named by item id: their ending, such as `.jpg`. Then the image "
+        "column is not read.",
     )
     copy_pictures: bool = Field(
         False, description="Copy the pictures into the dataset; otherwise it refers to them where they lie."
     )
     picture_identity: bool = Field(
         True,
-        description="The bytes of all pictures are part of the dataset's key, so that a replaced picture is noticed; "
-        "without it only their names are, which is faster for very many pictures.",
+        description="The bytes of all pictures are part of the dataset's key, so that a replaced picture is "
+        "noticed; without it only their names are, which is faster for very many pictures.",
     )
     rating: str = Field("rating", description="Column of the rating.")
     timestamp: str = Field("timestamp", description="Column of the time: a number, a date, or ISO 8601 text.")
     split: str = Field("split", description="Column that says train, valid or test.")
-    unknown_items: str = Field(
+    unknown_items: Literal["drop", "error"] = Field(
         "drop",
-        pattern="^(drop|error)$",
-        description="Interactions with items that the items table does not list: `drop` (counted) or `error`.",
+        description="Interactions with items that the items table does not list: dropped and counted, or an "
+        "error.",
     )
 
     @model_validator(mode="after")
@@ -71,26 +79,25 @@ class TablesConfig(BaseModel, frozen=True, extra="forbid"):
         return self
 
     def optional(self, setting: str, table: pl.DataFrame) -> str:
-        """The column of an optional setting; "" where it is not read: empty, or of default name and not there."""
+        """The column of an optional setting; "" for none: empty, or of default name and not there."""
         column: str = getattr(self, setting)
         is_default = column == type(self).model_fields[setting].default
         return "" if is_default and column not in table.columns else column
 
 
 def tables_identity(config: TablesConfig) -> JsonValue:
-    """Settings and bytes of both tables, and of the pictures they name (or only the pictures' names)."""
-    settings = config.model_dump(mode="json", exclude={"items", "interactions", "image_folder"})
-    items = read_items(config)
-    digest = hashlib.sha256()
-    for image in items["image"].drop_nulls().to_list():
-        content = read_picture(_image_root(config), image) if config.picture_identity else b""
-        state = "missing" if content is None else hashlib.sha256(content).hexdigest()
-        digest.update(f"{image}\0{state}\n".encode())
+    """Settings and bytes of both tables, the pictures they name, and where those lie if they stay there."""
+    images = read_items(config)["image"].drop_nulls().to_list()
+    digest = hashlib.sha256("\n".join(images).encode())
+    if config.picture_identity:
+        for looked in look_at_pictures(_image_root(config), images, PictureLimits()):
+            digest.update(f"{looked.digest}\n".encode())
     return {
-        **settings,
+        **config.model_dump(mode="json", exclude={"items", "interactions", "image_folder"}),
         "items_sha256": file_sha256(source_file("tables.items", config.items)),
         "interactions_sha256": file_sha256(source_file("tables.interactions", config.interactions)),
         "pictures_sha256": digest.hexdigest(),
+        "image_root": "" if config.copy_pictures else _image_root(config),
     }
 
 
@@ -102,8 +109,8 @@ def import_tables(config: TablesConfig, folder: Path) -> RawDataset:
         folder: Takes the pictures where they are copied.
 
     Raises:
-        DatasetError: A file or column that is not there or not of its kind, repeated item ids, pictures outside of
-            their folder, or nothing left.
+        DatasetError: A file or column that is not there or not of its kind, repeated item ids, pictures
+            outside of their folder, or nothing left.
     """
     drops: dict[str, int] = {}
     items = read_items(config)
@@ -119,13 +126,15 @@ def import_tables(config: TablesConfig, folder: Path) -> RawDataset:
     if config.unknown_items == "error" and not known.all():
         unknown = complete["item_id"].filter(~known).unique(maintain_order=True).to_list()
         raise DatasetError(
-            f"{drops['interactions with an unknown item']:,} interactions are with {len(unknown):,} items that "
-            f"{config.items} does not list: {few(unknown)}. List them, or set tables.unknown_items to drop."
+            f"{drops['interactions with an unknown item']:,} interactions are with {len(unknown):,} items "
+            f"that {config.items} does not list: {few(unknown)}. List them, or set tables.unknown_items to "
+            "drop."
         )
     if len(complete) and not known.any():
         raise DatasetError(
-            f"No interaction is with an item of {config.items}: it lists {few(items['item_id'].to_list(), 3)}, the "
-            f"interactions name {few(complete['item_id'].unique(maintain_order=True).to_list(), 3)}. "
+            f"No interaction is with an item of {config.items}. It lists "
+            f"{few(items['item_id'].to_list(), 3)}; the interactions name "
+            f"{few(complete['item_id'].unique(maintain_order=True).to_list(), 3)}. "
             "Look at tables.item_id and tables.interaction_item_id."
         )
 
@@ -145,7 +154,7 @@ def import_tables(config: TablesConfig, folder: Path) -> RawDataset:
 
 
 def read_items(config: TablesConfig) -> pl.DataFrame:
-    """Read the items: ``item_id``, ``title``, ``description``, ``image`` (null where not known), further columns."""
+    """Read the items: ``item_id``; ``title``, ``description``, ``image`` or null; further columns."""
     table = read_table(source_file("tables.items", config.items))
     columns = {setting: config.optional(setting, table) for setting in ("title", "description", "image")}
     if config.image_extension:
@@ -212,7 +221,7 @@ def ratings(column: pl.Series) -> pl.Series:
 
 
 def seconds(column: pl.Series) -> pl.Series:
-    """Times as int64: dates become Unix seconds, numbers stay in their unit, rounded down; null where there is none.
+    """Times as int64, null where there is none: dates as Unix seconds, numbers in their unit, rounded down.
 
     Raises:
         DatasetError: A value that is neither a number nor a date.
