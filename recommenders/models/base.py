@@ -1,0 +1,101 @@
+"""What every recommender can do, whatever its paper."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from recommenders.errors import RecommenderError
+from recommenders.feature_input import FeatureTable
+from recommenders.interactions import Interactions
+from recommenders.sampling import Batch
+
+Scorer = Callable[[Tensor], Tensor]
+"""Takes (B,) int64 user rows and returns their (B, I) scores of all items, higher is better."""
+
+
+class Recommender(nn.Module, ABC):
+    """A module that ranks items for users from interactions and, where its paper says so, item features.
+
+    Features are an argument of each call and never kept: in two-stage training the table is a constant, in
+    joint training some of its rows carry gradient. A model learns from the table given to its constructor
+    only how wide each modality is.
+
+    Raises:
+        RecommenderError: The model reads features and there are none, or they are not the items of ``train``.
+    """
+
+    scoring: ClassVar[Literal["inner_product", "neighbours"]] = "inner_product"
+    """How scores come about. "neighbours" has no embeddings: ``forward`` raises, no index can be built."""
+    needs_features: ClassVar[bool] = False
+    """Whether the features can change the scores."""
+
+    @abstractmethod
+    def __init__(
+        self, train: Interactions, features: FeatureTable, config: BaseModel, rng: np.random.Generator
+    ) -> None:
+        super().__init__()
+        self.n_users = train.n_users
+        self.n_items = train.n_items
+        if not self.needs_features:
+            return
+        name = type(self).__name__
+        if not features.modalities:
+            raise RecommenderError(
+                f"{name} reads item features and was given none; "
+                "expected at least one modality; name a feature set for the run, or choose another model."
+            )
+        if features.n_items != self.n_items:
+            raise RecommenderError(
+                f"{name} was given features of {features.n_items} items, interactions of {self.n_items}; "
+                "expected one row an item; align the feature sets with this dataset."
+            )
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether there is anything for gradients to change."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @abstractmethod
+    def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
+        """Return (U, D) user and (I, D) item embeddings; a score is their inner product."""
+
+    def loss(self, batch: Batch, features: FeatureTable) -> Tensor:  # noqa: ARG002 - a model without parameters has no loss
+        """Return the scalar to minimise on one batch, regularisation included."""
+        raise TypeError(f"{type(self).__name__} has no parameters, so there is no loss to minimise.")
+
+    @torch.no_grad()
+    def scorer(self, features: FeatureTable) -> Scorer:
+        """Do all work that does not depend on the user once, and return what scores blocks of users."""
+        users, items = self(features)
+        return lambda rows: users[rows] @ items.T
+
+
+def batch_items(batch: Batch) -> Tensor:
+    """Return (B, 1 + N) item rows: the positive of each row, then its negatives."""
+    return torch.cat([batch.positives.unsqueeze(1), batch.negatives], dim=1)
+
+
+def rows_of(table: Tensor, rows: Tensor) -> Tensor:
+    """Return ``table[rows]``, (*rows.shape, D), by the gather whose backward is the fastest on a CPU.
+
+    The backward of ``table[rows]`` sorts the rows; that of ``index_select`` adds them up as they come (0.3 ms
+    against 0.9 for 6,144 rows of 64).
+    """
+    return table.index_select(0, rows.reshape(-1)).reshape(*rows.shape, *table.shape[1:])
+
+
+def xavier_uniform(rng: np.random.Generator, *shape: int) -> nn.Parameter:
+    """Draw a float32 matrix from U(-a, a), a = sqrt(6 / (rows + columns)).
+
+    Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
+    AISTATS 2010, eq. 16.
+    """
+    bound = np.sqrt(6.0 / sum(shape))
+    return nn.Parameter(torch.from_numpy(rng.uniform(-bound, bound, size=shape).astype(np.float32)))

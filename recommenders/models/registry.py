@@ -1,0 +1,95 @@
+"""Every recommender by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from recommenders.errors import RecommenderError
+from recommenders.feature_input import FeatureTable
+from recommenders.interactions import Interactions
+from recommenders.models.base import Recommender
+from recommenders.models.bpr_mf import BprMf, BprMfConfig
+from recommenders.models.item_knn import ItemKnnContent, ItemKnnContentConfig
+from recommenders.models.lightgcn import LightGcn, LightGcnConfig
+from recommenders.models.popularity import Popularity, PopularityConfig
+from recommenders.models.vbpr import Vbpr, VbprConfig
+
+Setting = str | int | float | bool
+"""What a setting's value may be as it comes from YAML or the command line."""
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model and the type of its settings."""
+
+    config: type[BaseModel]
+    model: type[Recommender]
+
+
+MODELS: dict[str, ModelEntry] = {
+    "popularity": ModelEntry(PopularityConfig, Popularity),
+    "itemknn_content": ModelEntry(ItemKnnContentConfig, ItemKnnContent),
+    "bpr": ModelEntry(BprMfConfig, BprMf),
+    "lightgcn": ModelEntry(LightGcnConfig, LightGcn),
+    "vbpr": ModelEntry(VbprConfig, Vbpr),
+}
+
+
+def model_entry(name: str) -> ModelEntry:
+    """Return the entry of a model.
+
+    Raises:
+        RecommenderError: No model of that name; the message lists what exists.
+    """
+    if name not in MODELS:
+        raise RecommenderError(f"model is {name!r}; known models: {', '.join(MODELS)}.{_guess(name, MODELS)}")
+    return MODELS[name]
+
+
+def model_config(name: str, settings: Mapping[str, Setting]) -> BaseModel:
+    """Check a model's settings and fill in the defaults.
+
+    Raises:
+        RecommenderError: An unknown model, a setting it does not have, or a value the setting cannot take.
+    """
+    config = model_entry(name).config
+    try:
+        return config.model_validate(dict(settings))
+    except ValidationError as error:
+        problems = [_problem(name, config, problem["loc"], problem["msg"]) for problem in error.errors()]
+        raise RecommenderError(" ".join(problems)) from error
+
+
+def build_model(
+    name: str,
+    settings: Mapping[str, Setting],
+    train: Interactions,
+    features: FeatureTable,
+    rng: np.random.Generator,
+) -> Recommender:
+    """Build an untrained model on the CPU; ``rng`` draws its first parameters.
+
+    Raises:
+        RecommenderError: As ``model_config``, or the features are not what the model needs.
+    """
+    return model_entry(name).model(train, features, model_config(name, settings), rng)
+
+
+def _problem(name: str, config: type[BaseModel], location: tuple[int | str, ...], message: str) -> str:
+    """Say what is wrong with one setting, and what there is instead."""
+    key = str(location[0]) if location else ""
+    if key not in config.model_fields:
+        known = ", ".join(config.model_fields) or "none"
+        return f"{name} has no setting {key!r}; its settings: {known}.{_guess(key, config.model_fields)}"
+    return f"{name}: {key}: {message}. What it means: {config.model_fields[key].description}"
+
+
+def _guess(typed: str, known: Mapping[str, object]) -> str:
+    """Return a hint when a known name is close to what was typed."""
+    close = get_close_matches(typed, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

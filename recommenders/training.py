@@ -1,0 +1,365 @@
+"""Training of any recommender: epochs, early stopping on validation, checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import polars as pl
+import torch
+from pydantic import BaseModel, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from recommenders.checkpoints import (
+    Checkpoint,
+    bytes_of,
+    check_same_training,
+    read_checkpoint,
+    with_prefix,
+    write_checkpoint,
+)
+from recommenders.errors import TrainingError
+from recommenders.evaluation import EvaluationConfig, evaluate
+from recommenders.feature_input import FeatureTable
+from recommenders.interactions import Interactions
+from recommenders.metrics import metric_names
+from recommenders.models.base import Recommender
+from recommenders.sampling import TrainingPairs
+
+HistoryRow = dict[str, float]
+"""One epoch: ``epoch``, ``loss``, ``seconds`` and, where it was evaluated, ``valid_recall@20`` and so on."""
+
+PHASES = ("sampling", "forward", "backward", "evaluation", "checkpoint")
+"""What an epoch's time is spent on; ``backward`` includes the optimiser's step."""
+
+
+class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
+    """How a recommender is trained."""
+
+    epochs: PositiveInt = Field(200, description="Most passes over the training pairs.")
+    batch_size: PositiveInt = Field(2048, description="Training pairs per step.")
+    learning_rate: PositiveFloat = Field(1e-3, description="Step size of the optimiser.")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(
+        "adam", description="adam; adamw, whose weight decay is decoupled; or sgd without momentum."
+    )
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="The optimiser's decay of all parameters, beside the L2 that models add themselves."
+    )
+    n_negatives: PositiveInt = Field(1, description="Negative items drawn for each training pair.")
+    patience: NonNegativeInt = Field(
+        10, description="Stop after this many evaluations in a row without a gain; 0 never stops early."
+    )
+    eval_every: PositiveInt = Field(1, description="Epochs from one evaluation on validation to the next.")
+    monitor: str = Field(
+        "recall@20", description="Validation metric that chooses the best epoch and decides when to stop."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingResult:
+    """What happened; the model itself was left at its best epoch."""
+
+    history: list[HistoryRow]
+    best_epoch: int
+    """Epoch whose parameters the model has, counted from 1; 0 where there was nothing to train."""
+    stopped_early: bool
+    resumed_after: int
+    """Epochs that a checkpoint supplied."""
+    seconds: dict[str, float]
+    """Seconds by phase, those before a resume included. On a GPU work is queued, so there the phases of a
+    step blur into each other and only their sum is meant."""
+
+    def history_frame(self) -> pl.DataFrame:
+        """Return the history as a table, null where an epoch was not evaluated."""
+        return pl.from_dicts(self.history, infer_schema_length=None) if self.history else pl.DataFrame()
+
+
+def train(
+    model: Recommender,
+    train: Interactions,
+    valid: Interactions,
+    features: FeatureTable,
+    config: TrainingConfig,
+    *,
+    evaluation: EvaluationConfig,
+    rng: np.random.Generator,
+    checkpoint_folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TrainingResult:
+    """Train until validation stops improving, and leave the model at its best epoch.
+
+    The test part is no argument, so nothing here can be chosen by it. A model without parameters comes back
+    as it is. With a checkpoint folder, the state after each epoch is kept there; called again with the same
+    arguments, a killed training goes on from it and ends, on a CPU bit for bit, as if it had not been killed.
+
+    Args:
+        model: Freshly built, on the device to train on.
+        train: Pairs to learn, also masked when validation is ranked.
+        valid: Pairs that choose the epoch.
+        features: The items' features, on the model's device.
+        config: Settings.
+        evaluation: How validation is measured; its list lengths must include the monitor's.
+        rng: Source of the order of pairs, the negatives and what a model draws itself.
+        checkpoint_folder: Where to keep the checkpoint; the caller deletes it (``delete_checkpoint``).
+        progress: Called with epochs done and ``config.epochs`` after each epoch.
+
+    Raises:
+        TrainingError: No pairs to train or validate on, a monitor that is not measured, a loss that is not
+            finite, or a checkpoint that is damaged or of another training.
+    """
+    if not model.is_trainable:
+        return TrainingResult([], 0, stopped_early=False, resumed_after=0, seconds={})
+    _check(valid, config, evaluation)
+    loop = _Loop(
+        model, train=train, valid=valid, features=features, config=config, evaluation=evaluation, rng=rng
+    )
+    with loop.randomness():
+        identity = loop.identity() if checkpoint_folder else {}
+        resumed_after = loop.resume(checkpoint_folder, identity) if checkpoint_folder else 0
+        while loop.epoch < config.epochs and not loop.is_out_of_patience():
+            loop.run_epoch()
+            if checkpoint_folder:
+                loop.save(checkpoint_folder, identity)
+            if progress:
+                progress(loop.epoch, config.epochs)
+    model.load_state_dict(loop.best_state)
+    return TrainingResult(
+        loop.history, loop.best_epoch, loop.epoch < config.epochs, resumed_after, loop.clock.seconds
+    )
+
+
+def _check(valid: Interactions, config: TrainingConfig, evaluation: EvaluationConfig) -> None:
+    """Refuse what would only fail after the first epoch."""
+    if not len(valid):
+        raise TrainingError(
+            "There is no validation pair; expected at least one, because validation chooses the epoch. "
+            "Give split.valid_share a larger value or choose another split rule."
+        )
+    measured = metric_names(evaluation.ks)
+    if config.monitor not in measured:
+        raise TrainingError(
+            f"training.monitor is {config.monitor!r}; expected one of {', '.join(measured)}. "
+            "Choose one of these, or add its list length to evaluation.ks."
+        )
+
+
+@dataclass
+class _Clock:
+    """Adds the time since the last call to a phase."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.last
+        self.last = now
+
+
+class _Loop:
+    """The state of a training between two epochs, and how to get to the next."""
+
+    def __init__(
+        self,
+        model: Recommender,
+        *,
+        train: Interactions,
+        valid: Interactions,
+        features: FeatureTable,
+        config: TrainingConfig,
+        evaluation: EvaluationConfig,
+        rng: np.random.Generator,
+    ) -> None:
+        self.model, self.train, self.valid, self.features = model, train, valid, features
+        self.config, self.evaluation = config, evaluation
+        self.device = next(model.parameters()).device
+        self.pairs = TrainingPairs(train, self.device)
+        self.optimizer = _optimizer(model, config)
+        self.seeds = [int(seed) for seed in rng.integers(2**63, size=2)]
+        self.generator = torch.Generator(self.device).manual_seed(self.seeds[0])
+        self.history: list[HistoryRow] = []
+        self.best_epoch = 0
+        self.best_state: dict[str, Tensor] = {}
+        self.clock = _Clock()
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done."""
+        return len(self.history)
+
+    @contextmanager
+    def randomness(self) -> Iterator[None]:
+        """Give what models draw (dropout) a stream of its own, and leave torch's global one as it was."""
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(self.seeds[1])
+            yield
+
+    def is_out_of_patience(self) -> bool:
+        """Tell whether the last ``patience`` evaluations brought no gain."""
+        since = [row for row in self.history[self.best_epoch :] if self._monitor in row]
+        return 0 < self.config.patience <= len(since)
+
+    def run_epoch(self) -> None:
+        """Train one epoch, evaluate it if it is due, and keep it if it is the best."""
+        started = self.clock.last = time.perf_counter()
+        epoch = self.epoch + 1
+        row: HistoryRow = {"epoch": epoch, "loss": self._train_epoch(epoch)}
+        if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
+            row |= self._evaluate()
+            best = self.history[self.best_epoch - 1][self._monitor] if self.best_epoch else -math.inf
+            if row[self._monitor] > best:
+                self.best_epoch = epoch
+                self.best_state = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.clock.lap("evaluation")
+        row["seconds"] = time.perf_counter() - started
+        self.history.append(row)
+
+    def _train_epoch(self, epoch: int) -> float:
+        """Take one step per batch; return the mean loss of a pair."""
+        self.model.train()
+        losses: list[Tensor] = []
+        sizes: list[int] = []
+        for batch in self.pairs.epoch(self.config.batch_size, self.config.n_negatives, self.generator):
+            self.clock.lap("sampling")
+            loss = self.model.loss(batch, self.features)
+            losses.append(loss.detach())
+            sizes.append(len(batch.users))
+            # Reading a number makes a GPU wait, so there all losses of the epoch are looked at together.
+            if self.device.type == "cpu":
+                self._stop_if_not_finite(losses[-1:], epoch, first_batch=len(losses))
+            self.clock.lap("forward")
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call] # torch leaves it without types
+            self.optimizer.step()
+            self.clock.lap("backward")
+        self._stop_if_not_finite(losses, epoch, first_batch=1)
+        return float(np.average(torch.stack(losses).double().cpu().numpy(), weights=sizes))
+
+    def _stop_if_not_finite(self, losses: list[Tensor], epoch: int, first_batch: int) -> None:
+        """Raise at the first loss that is NaN or infinite, with the norms that tell why."""
+        values = torch.stack(losses).cpu().numpy()
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if not len(wrong):
+            return
+        norms = {f"features {name}": _largest_row(table) for name, table in self.features.vectors.items()}
+        norms |= {name: _largest_row(value) for name, value in self.model.named_parameters()}
+        longest = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
+        raise TrainingError(
+            f"The loss of epoch {epoch}, batch {first_batch + int(wrong[0])} is {values[wrong[0]]}; expected "
+            f"a finite number. Longest rows: {longest}. Normalise features whose rows are long (above about "
+            f"100); otherwise lower training.learning_rate, now {self.config.learning_rate}."
+        )
+
+    @property
+    def _monitor(self) -> str:
+        return f"valid_{self.config.monitor}"
+
+    def _evaluate(self) -> HistoryRow:
+        """Measure validation, training pairs masked."""
+        self.model.eval()
+        measured = evaluate(
+            self.model.scorer(self.features), self.valid, self.train, self.evaluation, device=self.device
+        )
+        return {f"valid_{name}": value for name, value in measured.metrics.items()}
+
+    def identity(self) -> dict[str, str]:
+        """Return digests of all that decides how this training goes; called before the first epoch."""
+        shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
+        return {
+            "training settings": self.config.model_dump_json(),
+            "evaluation settings": self.evaluation.model_dump_json(exclude={"block_users", "block_mb"}),
+            "model": f"{type(self.model).__name__} {shapes}",
+            "first parameters": _digest(self.model.state_dict()),
+            "training pairs": _digest_pairs(self.train),
+            "validation pairs": _digest_pairs(self.valid),
+            "features": _digest(self.features.vectors),
+            "random seeds": str(self.seeds),
+            "device": self.device.type,
+        }
+
+    def save(self, folder: Path, identity: Mapping[str, str]) -> None:
+        """Write the state after an epoch."""
+        self.clock.last = time.perf_counter()
+        tensors = with_prefix("model", self.model.state_dict())
+        if self.best_epoch != self.epoch:  # else the best state is the model's
+            tensors |= with_prefix("best", self.best_state)
+        for position, state in self.optimizer.state_dict()["state"].items():
+            kept = {name: value for name, value in state.items() if value is not None}
+            tensors |= with_prefix(f"optimizer.{position}", kept)
+        tensors |= {"random.pairs": self.generator.get_state(), "random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        facts: dict[str, JsonValue] = {
+            "identity": dict(identity),
+            "history": [dict(row) for row in self.history],
+            "best_epoch": self.best_epoch,
+            "seconds": dict(self.clock.seconds),
+        }
+        write_checkpoint(folder, Checkpoint(tensors, facts))
+        self.clock.lap("checkpoint")
+
+    def resume(self, folder: Path, identity: Mapping[str, str]) -> int:
+        """Take over the folder's checkpoint, if there is one; return the number of epochs it supplies."""
+        checkpoint = read_checkpoint(folder)
+        if checkpoint is None:
+            return 0
+        check_same_training(folder, checkpoint.facts.get("identity"), identity)
+        self.history = cast(list[HistoryRow], checkpoint.facts["history"])
+        self.best_epoch = cast(int, checkpoint.facts["best_epoch"])
+        self.clock.seconds = cast(dict[str, float], checkpoint.facts["seconds"])
+        self.model.load_state_dict(checkpoint.part("model"))
+        best = checkpoint.part("best") or checkpoint.part("model")
+        self.best_state = {name: value.to(self.device) for name, value in best.items()}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in checkpoint.part("optimizer").items():
+            position, key = name.split(".")
+            state.setdefault(int(position), {})[key] = value
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        self.generator.set_state(checkpoint.tensors["random.pairs"])
+        torch.set_rng_state(checkpoint.tensors["random.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint.tensors["random.cuda"], self.device)
+        return self.epoch
+
+
+def _optimizer(model: Recommender, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Return the optimiser over all parameters, in its fused form: one kernel for a step."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate, decay = config.learning_rate, config.weight_decay
+    match config.optimizer:
+        case "adam":
+            return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=True)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, fused=True)
+
+
+def _largest_row(table: Tensor) -> float:
+    """Return the length of the longest row of a matrix, or of a vector."""
+    return float(table.detach().reshape(len(table), -1).float().norm(dim=1).max())
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _digest_pairs(pairs: Interactions) -> str:
+    """Hash pairs in their order, which the order of the batches follows."""
+    digest = hashlib.sha256(f"{pairs.n_users}|{pairs.n_items}|".encode())
+    digest.update(pairs.user_rows.tobytes())
+    digest.update(pairs.item_rows.tobytes())
+    return digest.hexdigest()
