@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from pipeline.datasets.demo import DemoConfig
 from pipeline.datasets.filters import FilterConfig
@@ -18,7 +19,11 @@ ImporterName = Literal["demo", "tables", "mmrec", "lattice"]
 
 
 class DatasetConfig(BaseModel, frozen=True, extra="forbid"):
-    """From the files people have to one dataset. Only the section of the chosen importer is read."""
+    """From the files people have to one dataset. Only the section of the chosen importer is read.
+
+    A source that brings its own published split (``mmrec``, ``lattice``) keeps it unless ``split`` is set:
+    numbers on another split could not be compared with those in papers.
+    """
 
     importer: ImporterName = Field("demo", description="Kind of source; its own section says where it lies.")
     demo: DemoConfig = Field(default_factory=DemoConfig, description="The rendered catalogue.")
@@ -37,3 +42,10 @@ class DatasetConfig(BaseModel, frozen=True, extra="forbid"):
     split: SplitConfig = Field(
         default_factory=SplitConfig, description="What is trained on, chosen on and measured on."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_published_split(cls, raw: object) -> object:
+        if isinstance(raw, Mapping) and raw.get("importer") in {"mmrec", "lattice"} and "split" not in raw:
+            return {**raw, "split": {"rule": "given"}}
+        return raw

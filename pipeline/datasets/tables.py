@@ -239,7 +239,7 @@ def seconds(column: pl.Series) -> pl.Series:
                 f"The times in column {values.name!r} hold {few(bad)}; expected numbers, or dates such as "
                 "2023-05-01T12:30:00."
             )
-    if column.dtype in {pl.Date, pl.Datetime}:
+    if isinstance(column.dtype, pl.Date | pl.Datetime):
         return column.cast(pl.Datetime("us")).dt.epoch("s")
     if not column.dtype.is_numeric():
         raise DatasetError(
