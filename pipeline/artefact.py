@@ -11,7 +11,7 @@ from typing import BinaryIO
 from pydantic import JsonValue
 
 from pipeline.errors import StoreError
-from pipeline.manifest import MANIFEST_NAME, InputRef, Kind, Manifest, safe_file_name
+from pipeline.manifest import MANIFEST_NAME, InputRef, Kind, Manifest, plain_json, safe_file_name
 from pipeline.shelf import SCRATCH_NAME, Shelf
 
 
@@ -44,8 +44,8 @@ class Artefact:
 
     @property
     def folder_url(self) -> str:
-        """Address of the folder that holds its files."""
-        return self.shelf.folder_url(self.manifest)
+        """Printable address of its folder."""
+        return self.shelf.address(self.kind, self.manifest.folder)
 
     def as_input(self, role: str = "") -> InputRef:
         """Return the reference that an artefact made from this one keeps."""
@@ -105,8 +105,14 @@ class Draft:
         return folder
 
     def record(self, **facts: JsonValue) -> None:
-        """Keep measured figures for the manifest; a later value replaces an earlier one."""
-        self.facts.update(facts)
+        """Keep measured figures for the manifest; a later value replaces an earlier one.
+
+        Raises:
+            TypeError: A figure is not JSON, such as a NumPy integer; found now, not after hours of work.
+            ValueError: A figure is NaN or infinite.
+        """
+        for name, value in facts.items():
+            self.facts.update(plain_json({name: value}, f"The fact {name!r}"))
 
     def path(self, name: str) -> Path:
         """Return where to write the file ``name``; folders above it are made.

@@ -2,15 +2,15 @@
 
 <root>/<kind>/<slug>-<key12>/manifest.json and files
 <root>/names/<name>.json              names that point at artefacts
-<root>/.drafts/<kind>-<key>/          what is being written; <kind>-<key>.json beside it says for what
+<root>/.drafts/<kind>-<key>/          what is being written; <kind>-<key>.json beside it says from what
 <root>/.locks/<kind>-<key>.lock       held while a key is written
 <root>/.replaced/<kind>--<folder>     the old version during a replacement
 <root>/.trash/                        on its way out
 """
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
@@ -21,14 +21,17 @@ from pipeline.manifest import MANIFEST_NAME, Kind, Manifest, encode_manifest
 from pipeline.shelf import (
     Leftover,
     bytes_below,
+    delete_path,
     modified_at,
     process_lock,
-    process_lock_is_held,
     sync_folder,
+    try_process_lock,
     write_whole,
 )
 
 DRAFTS, LOCKS, REPLACED, TRASH = ".drafts", ".locks", ".replaced", ".trash"
+SWAP_LOCK = "swap"
+"""Held for the two renames of a replacement, and by whoever repairs one that was killed between them."""
 USE_RESOLUTION = timedelta(hours=1)
 """A use is noted again after this time: garbage collection counts in days, and a note is a disk write."""
 
@@ -39,6 +42,19 @@ class LocalShelf:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
+        self.drafts_at = root
+        self.leftover_grace = timedelta(0)  # locks tell which drafts are alive
+
+    def create(self) -> None:
+        """Make the folder if it is not there."""
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def entries(self) -> list[str]:
+        """Return the names of what lies in the folder; none where there is no folder."""
+        try:
+            return sorted(entry.name for entry in self.root.iterdir())
+        except FileNotFoundError:
+            return []
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -59,27 +75,23 @@ class LocalShelf:
         except FileNotFoundError:
             return b"" if place.is_dir() else None
 
-    def manifest_url(self, kind: Kind, folder: str) -> str:
-        """Return the path of a manifest."""
-        return str(self.root / kind / folder / MANIFEST_NAME)
-
-    def folder_url(self, manifest: Manifest) -> str:
-        """Return the path of the artefact's folder."""
-        return str(self._place(manifest))
+    def address(self, kind: Kind, folder: str) -> str:
+        """Return the path of an artefact's folder."""
+        return str(self.root / kind / folder)
 
     def fetch(self, manifest: Manifest, name: str) -> Path:
-        """Return the path of a file; its presence and size are checked, its content by ``verify``."""
+        """Return the path of a file; its presence and size are checked here, its content by ``verify``."""
         path = self._place(manifest) / name
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            size = -1
+        size = _size(path)
+        if size < 0:
+            self._restore_replaced()  # waits for a replacement that is just between its two renames
+            size = _size(path)
         expected = manifest.files[name].bytes
         if size != expected:
             found = "is missing" if size < 0 else f"has {size:,} bytes instead of {expected:,}"
             raise StoreError(
-                f"{path} {found}: the artefact is damaged. `tandem verify {manifest.kind}/{manifest.folder}` "
-                "lists all that is wrong; --force makes it again."
+                f"{path} {found}: the artefact is damaged or was deleted. `tandem verify "
+                f"{manifest.kind}/{manifest.folder}` lists all that is wrong; --force makes it again."
             )
         return path
 
@@ -110,9 +122,9 @@ class LocalShelf:
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def staging(self, kind: Kind, key: str) -> Path:
+    def staging(self, draft_name: str) -> Path:
         """Return the folder of a draft."""
-        return self.root / DRAFTS / f"{kind}-{key}"
+        return self.root / DRAFTS / draft_name
 
     def commit(self, manifest: Manifest, draft: Path) -> Manifest:
         """Rename the draft into place; called with the key's lock held."""
@@ -130,59 +142,52 @@ class LocalShelf:
 
     def remove(self, kind: Kind, folder: str) -> None:
         """Move the folder to the trash in one step, then delete it there."""
-        trash = self._trash()
-        with suppress(FileNotFoundError):
-            (self.root / kind / folder).rename(trash)
-            shutil.rmtree(trash)
+        self._discard(self.root / kind / folder)
 
     def _replace(self, place: Path, draft: Path, manifest: Manifest) -> None:
         """Swap a folder; killed between the two renames, the old one is restored by the next look-up."""
-        aside = self._aside(manifest.kind, manifest.folder)
-        aside.parent.mkdir(exist_ok=True)
-        if aside.exists():  # an earlier replacement was killed after its second rename
-            aside.rename(self._trash())
-        place.rename(aside)
-        draft.rename(place)
-        trash = self._trash()
-        aside.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)  # the artefact is whole; garbage collection takes the rest
+        aside = self.root / REPLACED / f"{manifest.kind}--{manifest.folder}"
+        self._restore_replaced()
+        with self.lock(SWAP_LOCK, lambda: None):
+            aside.parent.mkdir(exist_ok=True)
+            place.rename(aside)
+            draft.rename(place)
+        self._discard(aside)
 
     def _restore_replaced(self) -> None:
-        """Put back what a killed replacement had set aside."""
-        try:
-            asides = list((self.root / REPLACED).iterdir())
-        except FileNotFoundError:
+        """Put back what a killed replacement had set aside, or discard it if the new folder is there."""
+        replaced = self.root / REPLACED
+        if not replaced.is_dir() or not any(replaced.iterdir()):
             return
-        for aside in asides:
-            kind, _, folder = aside.name.partition("--")
-            place = self.root / kind / folder
-            # The lock of the key is not known here; the folder's own name serves, the swap takes it as well.
-            if not place.exists():
-                with suppress(OSError):
+        with suppress(OSError), self.lock(SWAP_LOCK, lambda: None):  # a read-only store is left as it is
+            for aside in replaced.iterdir():
+                kind, _, folder = aside.name.partition("--")
+                place = self.root / kind / folder
+                if place.exists():
+                    self._discard(aside)
+                else:
                     aside.rename(place)
 
-    def _aside(self, kind: Kind, folder: str) -> Path:
-        return self.root / REPLACED / f"{kind}--{folder}"
+    def _discard(self, folder: Path) -> None:
+        """Make a folder disappear in one step; what cannot be deleted then is a leftover in the trash."""
+        trash = self.root / TRASH / uuid4().hex
+        trash.parent.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another process was faster
+            folder.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
     def _place(self, manifest: Manifest) -> Path:
         return self.root / manifest.kind / manifest.folder
 
-    def _trash(self) -> Path:
-        trash = self.root / TRASH
-        trash.mkdir(exist_ok=True)
-        return trash / uuid4().hex
-
     # -- locks and the store's own small files -----------------------------------------------------
 
-    @contextmanager
-    def lock(self, name: str, waiting: Callable[[], None]) -> Iterator[None]:
+    def lock(self, name: str, waiting: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold a lock file among the processes of all machines that share the folder."""
-        with process_lock(self.root / LOCKS / f"{name}.lock", waiting):
-            yield
+        return process_lock(self.root / LOCKS / f"{name}.lock", waiting)
 
-    def is_locked(self, name: str) -> bool:
-        """Say whether a process holds that lock now."""
-        return process_lock_is_held(self.root / LOCKS / f"{name}.lock")
+    def try_lock(self, name: str) -> AbstractContextManager[bool]:
+        """Hold it unless another process does."""
+        return try_process_lock(self.root / LOCKS / f"{name}.lock")
 
     def documents(self, folder: str) -> list[str]:
         """Return the names of the small files in a folder of the store's own, sorted."""
@@ -213,21 +218,27 @@ class LocalShelf:
 
     def leftovers(self) -> list[Leftover]:
         """Return abandoned drafts and what an interrupted removal left in the trash."""
-        paths = []
-        for folder in (DRAFTS, TRASH):
-            with suppress(FileNotFoundError):
-                paths += list((self.root / folder).iterdir())
-        drafts = [path for path in paths if not self.is_locked(path.name.removesuffix(".json"))]
-        return [Leftover(str(path), bytes_below(path), modified_at(path)) for path in sorted(drafts)]
+        trash, drafts = self.root / TRASH, self.root / DRAFTS
+        found = sorted(trash.iterdir()) if trash.is_dir() else []
+        for draft in sorted(drafts.iterdir()) if drafts.is_dir() else []:
+            if draft.is_dir():  # beside it lies the note that announced it
+                with self.try_lock(draft.name) as abandoned:
+                    found += [draft] if abandoned else []
+        return [Leftover(str(path), bytes_below(path), modified_at(path)) for path in found]
 
     def delete_leftover(self, leftover: Leftover) -> None:
-        """Delete one of them."""
+        """Delete one of them, unless it is a draft that a process has taken up again."""
         path = Path(leftover.address)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        if path.parent.name == TRASH:
+            delete_path(path)
+            return
+        with self.try_lock(path.name) as abandoned:
+            if abandoned:
+                delete_path(path)
 
-    def free_bytes(self) -> int:
-        """Return the free space of the file system."""
-        return shutil.disk_usage(self.root).free
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return -1

@@ -20,6 +20,17 @@ from pydantic import (
 from pipeline.errors import StoreError
 from pipeline.hardware import Hardware
 
+__all__ = [
+    "FORMAT_VERSIONS",
+    "KINDS",
+    "FileEntry",
+    "InputRef",
+    "JsonValue",
+    "Kind",
+    "Manifest",
+    "artefact_key",
+]
+
 Kind = Literal["dataset", "encoder", "features", "index", "graph", "run", "comparison"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -41,13 +52,14 @@ SHORT_KEY_LENGTH = 12
 MAX_SLUG_LENGTH = 60
 
 
-def artefact_key(kind: Kind, identity: Mapping[str, JsonValue]) -> str:
+def artefact_key(kind: Kind, identity: Mapping[str, JsonValue], *, version: int = 0) -> str:
     """Hash all that can change the content of an artefact.
 
     Args:
-        kind: What is made; its format version is hashed too.
+        kind: What is made.
         identity: Keys of the inputs and every parameter with an effect. Plain JSON with string keys; tuples
             count as lists. 1 and 1.0 are different identities, so pass values through a typed configuration.
+        version: Version of the kind's format, hashed too; 0 for today's.
 
     Returns:
         64 hex digits, the SHA-256 of the canonical JSON (sorted keys, no white space, ASCII only).
@@ -58,7 +70,21 @@ def artefact_key(kind: Kind, identity: Mapping[str, JsonValue]) -> str:
     """
     if kind not in FORMAT_VERSIONS:
         raise StoreError(f"An artefact's kind is {kind!r}; known kinds: {', '.join(KINDS)}.")
-    return _sha256({"kind": kind, "format": FORMAT_VERSIONS[kind], "identity": identity})
+    return _sha256({"kind": kind, "format": version or FORMAT_VERSIONS[kind], "identity": identity})
+
+
+def plain_json(value: Mapping[str, JsonValue], what: str) -> dict[str, JsonValue]:
+    """Return the value as JSON reads it back: tuples become lists.
+
+    Raises:
+        TypeError: It holds something else than JSON, such as a NumPy number.
+        ValueError: It holds NaN or an infinite number.
+    """
+    try:
+        plain: dict[str, JsonValue] = json.loads(canonical_json(value))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what} is not JSON: {error}") from error
+    return plain
 
 
 def canonical_json(value: object) -> str:
@@ -155,36 +181,36 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
 
 
-def decode_manifest(data: bytes, where: str, kind: Kind, folder: str) -> Manifest:
+def decode_manifest(data: bytes, address: str, kind: Kind, folder: str) -> Manifest:
     """Read a manifest and check that it is whole, our own, and that of this folder.
 
     Args:
-        data: Content of ``manifest.json``.
-        where: Its address, for the message.
+        data: Content of ``manifest.json``; empty where there is none.
+        address: The folder it was found in, for the message.
         kind: The kind whose folder it was found in.
         folder: Name of the folder it was found in.
 
     Raises:
         StoreError: It is damaged, belongs to another folder, or was written by a newer Tandem.
     """
-    document = _parse(data, where)
+    document = _parse(data, address)
     version = document.pop("manifest_version", None)
     if isinstance(version, int) and version > MANIFEST_VERSION:
         raise StoreError(
-            f"{where} has manifest version {version}, this Tandem reads {MANIFEST_VERSION}; "
+            f"{address} has manifest version {version}, this Tandem reads {MANIFEST_VERSION}; "
             "it was written by a newer Tandem: upgrade, or use another --store."
         )
     checksum = document.pop("manifest_sha256", None)
     if version != MANIFEST_VERSION or checksum != _sha256({"manifest_version": version, **document}):
-        raise damaged(where, "its checksum does not match its content")
+        raise damaged(address, "its checksum does not match its content")
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise damaged(where, f"{field}: {first['msg']}") from error
+        raise damaged(address, f"{field}: {first['msg']}") from error
     if (manifest.kind, manifest.folder) != (kind, folder):
-        raise damaged(where, f"it describes {manifest.kind}/{manifest.folder}")
+        raise damaged(address, f"it describes {manifest.kind}/{manifest.folder}")
     return manifest
 
 
@@ -193,21 +219,23 @@ def folder_name(slug: str, key: str) -> str:
     return f"{slug}-{key[:SHORT_KEY_LENGTH]}"
 
 
-def damaged(where: str, why: str) -> StoreError:
+def damaged(address: str, why: str) -> StoreError:
     """Return the error for an artefact whose manifest cannot be trusted."""
     return StoreError(
-        f"{where} is damaged: {why}. Nothing of this folder is used; delete the folder, or make the artefact "
-        "again with --force, which replaces it."
+        f"The manifest of {address} is damaged: {why}. Nothing in this folder is used; make the artefact "
+        "again with --force, which replaces the folder, or delete the folder."
     )
 
 
-def _parse(data: bytes, where: str) -> dict[str, JsonValue]:
+def _parse(data: bytes, address: str) -> dict[str, JsonValue]:
+    if not data:
+        raise damaged(address, "it is missing or empty")
     try:
         document = json.loads(data)
-    except ValueError as error:
-        raise damaged(where, f"not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(address, f"not JSON ({error})") from error
     if not isinstance(document, dict):
-        raise damaged(where, "not a JSON object")
+        raise damaged(address, "not a JSON object")
     return document
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from uuid import uuid4
@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from pipeline.errors import StoreError
 from pipeline.manifest import FileEntry, Kind, Manifest, safe_file_name
 
+CHUNK_BYTES = 1 << 20
 SCRATCH_NAME = ".scratch"
 HASHING_THREADS = 4
 """hashlib lets go of the interpreter; more threads than disks can feed bring nothing."""
@@ -33,10 +34,22 @@ class Leftover:
 
 
 class Shelf(Protocol):
-    """A place that holds artefacts whole. The only code that touches files of the store implements this."""
+    """A place that holds artefacts whole. Nothing else in the project touches the files of a store."""
 
     url: str
     """Printable address, without a password."""
+    drafts_at: Path
+    """Local folder below which drafts are written: its disk is the one that fills up."""
+    leftover_grace: timedelta
+    """Leftovers younger than this may belong to a process that cannot be asked, and stay."""
+
+    def create(self) -> None:
+        """Make the place if it is not there."""
+        ...
+
+    def entries(self) -> list[str]:
+        """Return the names of what lies at the top of the place; none where there is no place."""
+        ...
 
     def folders(self, kind: Kind) -> list[str]:
         """Return the folders of a kind that claim to be artefacts, sorted."""
@@ -46,12 +59,8 @@ class Shelf(Protocol):
         """Return the manifest's bytes; empty where a folder lacks its manifest, None where nothing is."""
         ...
 
-    def manifest_url(self, kind: Kind, folder: str) -> str:
-        """Return the address of a manifest, for messages."""
-        ...
-
-    def folder_url(self, manifest: Manifest) -> str:
-        """Return the address of the folder that holds the files."""
+    def address(self, kind: Kind, folder: str) -> str:
+        """Return the printable address of an artefact's folder."""
         ...
 
     def fetch(self, manifest: Manifest, name: str) -> Path:
@@ -74,8 +83,8 @@ class Shelf(Protocol):
         """Note that the artefact was asked for; where that cannot be noted nothing happens."""
         ...
 
-    def staging(self, kind: Kind, key: str) -> Path:
-        """Return the local folder in which a draft of this key is written; it need not exist."""
+    def staging(self, draft_name: str) -> Path:
+        """Return the local folder in which a draft is written; it need not exist."""
         ...
 
     def commit(self, manifest: Manifest, draft: Path) -> Manifest:
@@ -83,15 +92,15 @@ class Shelf(Protocol):
         ...
 
     def remove(self, kind: Kind, folder: str) -> None:
-        """Take an artefact away: first its manifest's place, in one step, then its files."""
+        """Take an artefact away: in one step for those who look, its files after that."""
         ...
 
     def lock(self, name: str, waiting: Callable[[], None]) -> AbstractContextManager[None]:
         """Hold a lock among processes; ``waiting`` is called once if another process holds it."""
         ...
 
-    def is_locked(self, name: str) -> bool:
-        """Say whether a process holds that lock now."""
+    def try_lock(self, name: str) -> AbstractContextManager[bool]:
+        """Hold a lock unless another process does; the value says whether it is held here."""
         ...
 
     def documents(self, folder: str) -> list[str]:
@@ -115,11 +124,7 @@ class Shelf(Protocol):
         ...
 
     def delete_leftover(self, leftover: Leftover) -> None:
-        """Delete one of them."""
-        ...
-
-    def free_bytes(self) -> int:
-        """Return the free space where drafts are written."""
+        """Delete one of them, unless a process has taken it up again."""
         ...
 
 
@@ -209,30 +214,40 @@ def process_lock(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
         lock.release()
 
 
-def process_lock_is_held(path: Path) -> bool:
-    """Say whether some process holds that lock now."""
-    if not path.exists():
-        return False
+@contextmanager
+def try_process_lock(path: Path) -> Iterator[bool]:
+    """Hold that lock unless another process does; the value says whether it is held here."""
     lock = FileLock(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
+    except (Timeout, OSError):  # in a read-only store nobody can tell, so nothing is taken from anybody
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def bytes_below(path: Path) -> int:
     """Return the bytes of all files at or below a path."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.lstat().st_size for p in path.rglob("*") if not p.is_dir())
+    return sum(inner.lstat().st_size for inner in _with_inner(path) if not inner.is_dir())
 
 
 def modified_at(path: Path) -> datetime:
     """Return when a path, or anything below it, was last changed."""
-    newest = path.lstat().st_mtime
-    for inner in path.rglob("*"):
-        with suppress(FileNotFoundError):
-            newest = max(newest, inner.lstat().st_mtime)
-    return datetime.fromtimestamp(newest, UTC)
+    return datetime.fromtimestamp(max((p.lstat().st_mtime for p in _with_inner(path)), default=0), UTC)
+
+
+def delete_path(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _with_inner(path: Path) -> list[Path]:
+    """Return a path and all below it, but for what goes away meanwhile."""
+    return [inner for inner in [path, *path.rglob("*")] if os.path.lexists(inner)]
