@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from features.errors import FeatureError, FeatureFileError
-from features.parts import ROW_COLUMNS, ROWS_PER_PART, STATUSES, PartFile, PartRows, part_name, write_part
+from features.parts import ROW_COLUMNS, STATUSES, PartFile, PartRows, part_name, rows_per_part, write_part
 
 StatusType = pl.Enum(list(STATUSES))
 FillHow = Literal["zero", "mean"]
@@ -61,18 +61,20 @@ class FeatureSet:
         if not paths:
             raise FeatureFileError("a feature set without parts cannot be read; extract it again.")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            parts = list(pool.map(lambda path: PartFile(path, verify=verify), paths))
-            try:
-                _check_alike(parts)
-                starts = [0, *itertools.accumulate(part.n_rows for part in parts)]
-                # NumPy asks for huge pages where torch does not: first touch is then three times faster.
-                vectors = np.empty((starts[-1], parts[0].dim), parts[0].dtype)
-                tables = pool.map(_read_part, parts, (vectors[start:] for start in starts[:-1]))
-                item_ids, status = _ids_and_status(list(tables))
-            finally:
-                for part in parts:
-                    part.close()
-        _check_unique(item_ids, parts, starts)
+            opened = pool.map(lambda path: _open(path, verify=verify), paths)
+            parts, tables = zip(*opened, strict=True)
+            _check_alike(parts)
+            starts = [0, *itertools.accumulate(part.n_rows for part in parts)]
+            # NumPy asks for huge pages where torch does not: first touch is then three times faster.
+            vectors = np.empty((starts[-1], parts[0].dim), parts[0].dtype)
+            reads = [
+                pool.submit(part.read_into, vectors[start : start + part.n_rows])
+                for part, start in zip(parts, starts[:-1], strict=True)
+            ]
+            item_ids, status = _ids_and_status(tables)  # while the vectors are read
+            _check_unique(item_ids, parts, starts)
+            for read in reads:
+                read.result()
         return cls(item_ids, torch.from_numpy(vectors), status)
 
     def align(
@@ -127,16 +129,19 @@ def _check_alike(parts: Sequence[PartFile]) -> None:
             )
 
 
-def _read_part(part: PartFile, out: np.ndarray[tuple[int, int], np.dtype[np.floating]]) -> pa.Table:
-    part.read_into(out[: part.n_rows])
-    return part.columns(("item_id", "status"))
+def _open(path: Path, *, verify: bool) -> tuple[PartFile, pa.Table]:
+    part = PartFile(path, verify=verify)
+    return part, part.columns(("item_id", "status"))
 
 
 def _ids_and_status(tables: Sequence[pa.Table]) -> tuple[pl.Series, pl.Series]:
-    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-    item_ids = pl.Series("item_id", table["item_id"]).rechunk()
-    codes = pl.Series("status", table["status"].unify_dictionaries())
-    return item_ids, codes.cast(pl.String).cast(StatusType).rechunk()
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).unify_dictionaries()
+    item_ids = pl.Series("item_id", table["item_id"].combine_chunks())
+    status = table["status"].combine_chunks()
+    if status.dictionary.to_pylist() == list(STATUSES):  # as we write it: its codes are the type's own
+        codes = pl.Series("status", status.indices.to_numpy(zero_copy_only=False), dtype=pl.UInt8)
+        return item_ids, codes.cat.to(StatusType)
+    return item_ids, pl.Series("status", status.cast(pa.string())).cast(StatusType)
 
 
 def _check_unique(item_ids: pl.Series, parts: Sequence[PartFile], starts: Sequence[int]) -> None:
@@ -216,23 +221,31 @@ def write_features(
     folder: Path,
     features: FeatureSet,
     *,
-    rows_per_part: int = ROWS_PER_PART,
+    n_rows: int = 0,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write vectors that did not come from an extraction (given, shuffled) as parts; they carry no hashes.
+
+    Args:
+        folder: Where the parts go.
+        features: What they hold.
+        n_rows: Rows of a part; 0 chooses by the number of items.
+        metadata: See `write_part`.
 
     Raises:
         FeatureError: An embedding is not finite.
     """
     paths = []
-    for number, start in enumerate(range(0, max(len(features), 1), rows_per_part)):
-        ids = features.item_ids[start : start + rows_per_part].to_list()
+    n_rows = n_rows or rows_per_part(len(features))
+    for number, start in enumerate(range(0, max(len(features), 1), n_rows)):
+        part = slice(start, start + n_rows)
+        ids = features.item_ids[part].to_list()
         rows = PartRows(
             ids,
             [None] * len(ids),
-            features.status[start : start + rows_per_part].to_list(),
+            features.status[part].to_list(),
             [None] * len(ids),
-            features.vectors[start : start + rows_per_part].numpy(),
+            features.vectors[part].numpy(),
         )
         paths.append(folder / part_name(number))
         write_part(paths[-1], rows, metadata)
