@@ -12,7 +12,7 @@ from pydantic import JsonValue
 
 from pipeline.errors import StoreError
 from pipeline.manifest import MANIFEST_NAME, InputRef, Kind, Manifest, plain_json, safe_file_name
-from pipeline.shelf import SCRATCH_NAME, Shelf
+from pipeline.shelf import Shelf, scratch_beside
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,18 @@ class Outcome:
 class Draft:
     """A folder to fill: it becomes an artefact when its maker returns.
 
-    Names that begin with a dot or end in ".tmp", and the folder ``scratch``, stay behind: they never
-    become part of the artefact.
+    Files whose names begin with a dot or end in ".tmp" are deleted then: what a killed writer left.
     """
 
-    def __init__(self, folder: Path, *, resumed: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        """Where to write; local, empty unless ``resumed``."""
-        self.resumed = resumed
-        """An earlier try left files here."""
+        """Where to write; local. Empty, unless the stage is resumable and an earlier try was killed."""
         self.facts: dict[str, JsonValue] = {}
 
     @property
     def scratch(self) -> Path:
-        """A folder for checkpoints and the like: it survives the kill of a resumable stage."""
-        folder = self.folder / SCRATCH_NAME
+        """A folder for checkpoints and the like: kept as the draft is, and gone once there is an artefact."""
+        folder = scratch_beside(self.folder)
         folder.mkdir(exist_ok=True)
         return folder
 

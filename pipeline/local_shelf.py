@@ -8,6 +8,7 @@
 <root>/.trash/                        on its way out
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -19,7 +20,9 @@ from uuid import uuid4
 from pipeline.errors import StoreError
 from pipeline.manifest import MANIFEST_NAME, Kind, Manifest, encode_manifest
 from pipeline.shelf import (
+    SCRATCH_SUFFIX,
     Leftover,
+    abandoned_drafts,
     bytes_below,
     delete_path,
     modified_at,
@@ -62,10 +65,10 @@ class LocalShelf:
         """Return the folders of a kind, sorted."""
         self._restore_replaced()
         try:
-            entries = list((self.root / kind).iterdir())
+            with os.scandir(self.root / kind) as entries:  # tells folders from files without asking for each
+                return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
         except FileNotFoundError:
             return []
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
     def read_manifest(self, kind: Kind, folder: str) -> bytes | None:
         """Return the manifest's bytes; empty where the folder lacks it, None where there is no folder."""
@@ -81,14 +84,17 @@ class LocalShelf:
 
     def fetch(self, manifest: Manifest, name: str) -> Path:
         """Return the path of a file; its presence and size are checked here, its content by ``verify``."""
-        path = self._place(manifest) / name
+        place = self._place(manifest)
+        path = place / name
         size = _size(path)
         if size < 0:
             self._restore_replaced()  # waits for a replacement that is just between its two renames
             size = _size(path)
         expected = manifest.files[name].bytes
-        if size != expected:
+        leads_away = not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place))
+        if size != expected or leads_away:
             found = "is missing" if size < 0 else f"has {size:,} bytes instead of {expected:,}"
+            found = "is a link that leaves the folder" if leads_away else found
             raise StoreError(
                 f"{path} {found}: the artefact is damaged or was deleted. `tandem verify "
                 f"{manifest.kind}/{manifest.folder}` lists all that is wrong; --force makes it again."
@@ -220,10 +226,7 @@ class LocalShelf:
         """Return abandoned drafts and what an interrupted removal left in the trash."""
         trash, drafts = self.root / TRASH, self.root / DRAFTS
         found = sorted(trash.iterdir()) if trash.is_dir() else []
-        for draft in sorted(drafts.iterdir()) if drafts.is_dir() else []:
-            if draft.is_dir():  # beside it lies the note that announced it
-                with self.try_lock(draft.name) as abandoned:
-                    found += [draft] if abandoned else []
+        found += abandoned_drafts(drafts, self.try_lock)
         return [Leftover(str(path), bytes_below(path), modified_at(path)) for path in found]
 
     def delete_leftover(self, leftover: Leftover) -> None:
@@ -232,7 +235,7 @@ class LocalShelf:
         if path.parent.name == TRASH:
             delete_path(path)
             return
-        with self.try_lock(path.name) as abandoned:
+        with self.try_lock(path.name.removesuffix(SCRATCH_SUFFIX)) as abandoned:
             if abandoned:
                 delete_path(path)
 

@@ -1,6 +1,5 @@
 """How an artefact comes to be: a draft is announced, filled, checksummed and put in place whole."""
 
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -22,10 +21,18 @@ from pipeline.manifest import (
     InputRef,
     Kind,
     Manifest,
+    decode_manifest,
     folder_name,
 )
 from pipeline.references import folders_with_key
-from pipeline.shelf import Shelf, checksum_files, drop_scratch, files_below
+from pipeline.shelf import (
+    Shelf,
+    checksum_files,
+    delete_path,
+    drop_temporary_files,
+    files_below,
+    scratch_beside,
+)
 
 
 @dataclass(frozen=True)
@@ -89,33 +96,33 @@ def make_artefact(
             make(draft)
         seconds = time.perf_counter() - started
         with told_in_words(shelf):
-            drop_scratch(folder)
+            drop_temporary_files(folder)
             manifest = shelf.commit(_describe(shelf, recipe, draft, seconds), folder)
         done = True
         return manifest
     finally:
         if done or not resumable:
-            with suppress(OSError):  # an error that is under way matters more
-                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(Exception):  # an error that is under way matters more
+                delete_path(folder)
+                delete_path(scratch_beside(folder))
                 collection.delete_note(shelf, recipe.draft_name)
 
 
 def _open_draft(folder: Path, *, resumable: bool) -> Draft:
-    if not resumable and folder.exists():  # its maker was killed
-        shutil.rmtree(folder)
+    if not resumable:  # what a killed maker left
+        delete_path(folder)
+        delete_path(scratch_beside(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)  # its maker was killed just before the last step
-    return Draft(folder, resumed=any(folder.iterdir()))
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)  # killed just before the last step
+    return Draft(folder)
 
 
 def _describe(shelf: Shelf, recipe: Recipe, draft: Draft, seconds: float) -> Manifest:
     files = checksum_files(draft.folder, files_below(draft.folder))
-    before = folders_with_key(shelf, recipe.kind, recipe.key)
     return Manifest(
         kind=recipe.kind,
         key=recipe.key,
-        # A key has one folder: made again under another label, it keeps the first.
-        slug=before[0][: -SHORT_KEY_LENGTH - 1] if before else recipe.slug,
+        slug=_slug(shelf, recipe),
         format=FORMAT_VERSIONS[recipe.kind],
         inputs=recipe.inputs,
         identity=recipe.identity,
@@ -128,3 +135,28 @@ def _describe(shelf: Shelf, recipe: Recipe, draft: Draft, seconds: float) -> Man
         files=files,
         created_at=datetime.now(UTC),
     )
+
+
+def _slug(shelf: Shelf, recipe: Recipe) -> str:
+    """A key has one folder: made again under another label, an artefact keeps the first.
+
+    Raises:
+        StoreError: The folder belongs to another key with the same first digits.
+    """
+    for folder in folders_with_key(shelf, recipe.kind, recipe.key):
+        data = shelf.read_manifest(recipe.kind, folder)
+        if data is None:  # an upload that was given up
+            continue
+        slug = folder[: -SHORT_KEY_LENGTH - 1]
+        try:
+            key = decode_manifest(data, shelf.address(recipe.kind, folder), recipe.kind, folder).key
+        except StoreError:
+            return slug  # damaged: replaced
+        if key == recipe.key:
+            return slug
+        if slug == recipe.slug:
+            raise StoreError(
+                f"{recipe.ref} exists with another key ({key[:24]}..., not {recipe.key[:24]}...); make this one "
+                "under another label."
+            )
+    return recipe.slug

@@ -18,7 +18,7 @@ from pipeline.errors import StoreError
 from pipeline.manifest import FileEntry, Kind, Manifest, safe_file_name
 
 CHUNK_BYTES = 1 << 20
-SCRATCH_NAME = ".scratch"
+SCRATCH_SUFFIX = ".scratch"
 HASHING_THREADS = 4
 """hashlib lets go of the interpreter; more threads than disks can feed bring nothing."""
 
@@ -153,7 +153,22 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def drop_scratch(folder: Path) -> None:
+def scratch_beside(draft: Path) -> Path:
+    """Return the folder for what a draft's maker needs and the artefact does not."""
+    return draft.with_name(draft.name + SCRATCH_SUFFIX)
+
+
+def abandoned_drafts(drafts: Path, try_lock: Callable[[str], AbstractContextManager[bool]]) -> list[Path]:
+    """Return the drafts, and the scratch folders beside them, that no process is writing."""
+    found = []
+    for folder in sorted(drafts.iterdir()) if drafts.is_dir() else []:
+        if folder.is_dir():
+            with try_lock(folder.name.removesuffix(SCRATCH_SUFFIX)) as abandoned:
+                found += [folder] if abandoned else []
+    return found
+
+
+def drop_temporary_files(folder: Path) -> None:
     """Delete what a draft may hold and an artefact may not: hidden and temporary files, empty folders."""
     for path in sorted(folder.rglob("*"), reverse=True):  # children before their folder
         is_folder = path.is_dir() and not path.is_symlink()
