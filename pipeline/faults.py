@@ -14,6 +14,10 @@ READ_ONLY = frozenset({errno.EROFS})
 DENIED = frozenset({errno.EACCES, errno.EPERM})
 FULL_WORDS = ("no space left on device", "disk quota exceeded")
 """What libraries that lose the error number still say; they use the system's English messages."""
+REMOTE_LIBRARIES = frozenset(
+    {"aiohttp", "azure", "botocore", "gcsfs", "google", "paramiko", "requests", "s3fs"}
+)
+"""They raise errors of their own kinds for wrong credentials and for servers that do not answer."""
 READ_ONLY_WORDS = ("read-only file system",)
 
 
@@ -24,6 +28,10 @@ def told_in_words(shelf: Shelf) -> Iterator[None]:
         yield
     except OSError as error:
         raise _explained(error, shelf) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in REMOTE_LIBRARIES:
+            raise
+        raise _explained(OSError(str(error)), shelf) from error
 
 
 @contextmanager

@@ -156,7 +156,7 @@ def _slug(shelf: Shelf, recipe: Recipe) -> str:
             return slug
         if slug == recipe.slug:
             raise StoreError(
-                f"{recipe.ref} exists with another key ({key[:24]}..., not {recipe.key[:24]}...); make this one "
-                "under another label."
+                f"{recipe.ref} exists with another key ({key[:24]}..., not {recipe.key[:24]}...); make this "
+                "one under another label."
             )
     return recipe.slug

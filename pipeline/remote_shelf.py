@@ -27,7 +27,9 @@ from pipeline.errors import StoreError
 from pipeline.manifest import KINDS, MANIFEST_NAME, Kind, Manifest, decode_manifest, encode_manifest
 from pipeline.shelf import (
     CHUNK_BYTES,
+    SCRATCH_SUFFIX,
     Leftover,
+    abandoned_drafts,
     bytes_below,
     delete_path,
     modified_at,
@@ -218,20 +220,14 @@ class RemoteShelf:
         for kind in KINDS:
             for folder in self.folders(kind):
                 found += self._orphans(kind, folder)
-        drafts = self.cache / "drafts"
-        for draft in sorted(drafts.iterdir()) if drafts.is_dir() else []:
-            with self.try_lock(draft.name) as abandoned:
-                if abandoned:
-                    found.append(Leftover(str(draft), bytes_below(draft), modified_at(draft)))
-        return found + [
-            Leftover(str(copy), bytes_below(copy), modified_at(copy)) for copy in self._stale_copies()
-        ]
+        here = abandoned_drafts(self.cache / "drafts", self.try_lock) + self._stale_copies()
+        return found + [Leftover(str(path), bytes_below(path), modified_at(path)) for path in here]
 
     def delete_leftover(self, leftover: Leftover) -> None:
         """Delete one of them."""
         path = Path(leftover.address)
         if path.parent == self.cache / "drafts":
-            with self.try_lock(path.name) as abandoned:
+            with self.try_lock(path.name.removesuffix(SCRATCH_SUFFIX)) as abandoned:
                 if abandoned:
                     delete_path(path)
         elif path.is_relative_to(self.cache):
@@ -276,8 +272,8 @@ class RemoteShelf:
     def _bad_file(self, manifest: Manifest, name: str, what: str) -> StoreError:
         address = self.address(manifest.kind, manifest.folder)
         return StoreError(
-            f"{address}/{manifest.data_folder}/{name} {what}: the artefact is damaged or was deleted. `tandem "
-            f"verify {manifest.kind}/{manifest.folder}` lists all that is wrong; --force makes it again."
+            f"{address}/{manifest.data_folder}/{name} {what}: the artefact is damaged or was deleted. "
+            f"`tandem verify {manifest.kind}/{manifest.folder}` lists what is wrong; --force makes it again."
         )
 
     def _copies(self, manifest: Manifest) -> Path:

@@ -106,10 +106,7 @@ class Store:
             StoreError: There is none, there are several, it is of another kind, or its manifest is damaged.
         """
         with told_in_words(self._shelf):
-            place = locate(self._shelf, ref, kind)
-            artefact = self._read(place.kind, place.folder)
-            if artefact is None or not artefact.key.startswith(place.key_prefix):
-                raise StoreError(f"{ref!r} is not in the store {self.url}; `tandem ls` lists what there is.")
+            artefact = self._resolve(ref, kind)
             self._shelf.mark_used(artefact.manifest)
             return artefact
 
@@ -292,7 +289,7 @@ class Store:
                 made from is unknown.
         """
         with ExitStack() as held, told_in_words(self._shelf):
-            asked = {(each.kind, each.key) for each in (self.get(ref) for ref in keep)}
+            asked = {(each.kind, each.key) for each in map(self._resolve, keep)}
             if not dry_run:
                 held.enter_context(self._lock(collection.LOCK, GARBAGE))
             return collection.collect(
@@ -320,6 +317,13 @@ class Store:
                 f"unknown what must stay. {next(iter(damaged.values()))}"
             )
         return whole
+
+    def _resolve(self, ref: str, kind: Kind | None = None) -> Artefact:
+        place = locate(self._shelf, ref, kind)
+        artefact = self._read(place.kind, place.folder)
+        if artefact is None or not artefact.key.startswith(place.key_prefix):
+            raise StoreError(f"{ref!r} is not in the store {self.url}; `tandem ls` lists what there is.")
+        return artefact
 
     def _find(self, kind: Kind, key: str) -> Artefact | None:
         for folder in folders_with_key(self._shelf, kind, key):
