@@ -1,8 +1,8 @@
-"""The whole two-stage pipeline on real films: import, two encoders and their floors, indexes, five recommenders, comparison.
+"""The whole two-stage pipeline on real films: two encoders and their floors, indexes, five recommenders.
 
-No pretrained weights are needed: the ViT-B/32 has the open_clip architecture with seeded random weights, from a checkpoint
-file of the usual layout that this command writes. Its figures say that the path works, not how good CLIP is; replace the
-checkpoint by real weights (``--checkpoint``) to ask that.
+No pretrained weights are needed: the ViT-B/32 has the open_clip architecture with seeded random weights, from a
+checkpoint file of the usual layout that this command writes. Its figures say that the path works, not how good
+CLIP is; give real weights with ``--checkpoint`` to ask that.
 
     python benchmarks/movielens_posters.py --data ../shared/data/movielens-posters --store .tandem
 """
@@ -61,10 +61,14 @@ def account(result: TwoStageResult) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the configuration beside this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of items.parquet and images/")
     parser.add_argument("--store", default=".tandem")
-    parser.add_argument("--checkpoint", type=Path, help="ViT-B/32 weights; without it, seeded random ones are made")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="ViT-B/32 weights; without it, seeded random ones are made"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
     options = parser.parse_args(arguments)
     if not (options.data / "items.parquet").is_file():

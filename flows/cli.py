@@ -1,4 +1,4 @@
-"""The command `tandem`: everything of ``pipeline.cli``, and what runs a whole configuration, under Prefect or not."""
+"""The command `tandem`: all of ``pipeline.cli``, and what runs whole configurations, under Prefect or not."""
 
 from __future__ import annotations
 

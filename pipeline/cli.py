@@ -1,7 +1,8 @@
-"""The command line's stages: arguments -> a stage. Heavy modules are imported by the commands that need them."""
+"""The command line's stages: arguments -> a stage. A command imports what it needs when it runs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,8 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Multimodal recommendation in two stages: encode a catalogue once, index it, train recommenders on the "
-    "cached features and compare them honestly.",
+    help="Multimodal recommendation in two stages: encode a catalogue once, index it, train recommenders "
+    "on the cached features and compare them honestly.",
 )
 
 STAGES = "One stage at a time"
@@ -34,7 +35,9 @@ STAGES = "One stage at a time"
 
 @app.command(rich_help_panel=STAGES)
 def dataset(
-    config: Annotated[Path | None, typer.Argument(help="YAML file of a dataset; without it, the demo catalogue.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of a dataset; without it, the demo catalogue.")
+    ] = None,
     set_: SetOption = None,
     name: Annotated[str, typer.Option(help="Keep the dataset under this name.")] = "",
     store: StoreOption = DEFAULT_STORE,
@@ -68,7 +71,10 @@ def extract(
     encoder: Annotated[str, typer.Option(help="What encodes; `tandem encoders` lists the forms.")] = "tiny",
     modality: Annotated[Literal["image", "text", "fused"], typer.Option(help="What is encoded.")] = "image",
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try the unreadable rows of these features again, and only those.")
+        bool,
+        typer.Option(
+            "--retry-failed", help="Try the unreadable rows of these features again, and only those."
+        ),
     ] = False,
     set_: SetOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -122,7 +128,8 @@ def index(
 def train(
     dataset: Annotated[str, typer.Argument(help="Name, key or folder of a dataset artefact.")],
     features: Annotated[
-        list[str] | None, typer.Option("--features", "-f", help="A feature artefact to read; repeat for more modalities.")
+        list[str] | None,
+        typer.Option("--features", "-f", help="A feature artefact to read; repeat for more modalities."),
     ] = None,
     model: Annotated[str, typer.Option(help="`tandem recommenders` lists them.")] = "vbpr",
     seed: Annotated[int, typer.Option(help="Of initial parameters, sampling and order.")] = 0,
@@ -181,16 +188,63 @@ def show_comparison(out: Output, markdown: Path, document: dict[str, object]) ->
 
 
 @app.command(rich_help_panel=STAGES)
-def encoders(json: JsonOption = False, store: StoreOption = DEFAULT_STORE) -> None:
-    """List the forms of an encoder's specification."""
-    from features.encoders.registry import ENCODER_FORMS
+def encoders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """List the forms of an encoder's specification, and the encoders whose features the store holds."""
+    from features.encoders.registry import FAMILIES
+
+    cached = Counter(str(a.manifest.parameters["encoder"]) for a in open_store(store).list("features"))
+    examples = [family.example for family in FAMILIES.values()] + ["shuffled:tiny", "given"]
+    documents = [{"spec": spec, "cached": cached.pop(spec, 0)} for spec in examples]
+    documents += [{"spec": spec, "cached": count} for spec, count in sorted(cached.items())]
+    rows = [(document["spec"], document["cached"] or "") for document in documents]
+    Output(as_json=json).show(
+        documents, table("Encoders", ("specification", "feature sets in the store"), rows)
+    )
+
+
+@app.command(rich_help_panel=STAGES)
+def recommenders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """List the recommenders, what they read, their settings, and how many runs of each the store holds."""
+    from recommenders.models.registry import MODELS
+
+    runs = Counter(str(a.manifest.parameters["model"]) for a in open_store(store).list("run"))
+    documents = [
+        {
+            "model": name,
+            "reads_features": entry.model.needs_features,
+            "settings": {key: field.default for key, field in entry.config.model_fields.items()},
+            "runs": runs[name],
+        }
+        for name, entry in MODELS.items()
+    ]
+    rows = [
+        (
+            document["model"],
+            "features" if document["reads_features"] else "interactions",
+            ", ".join(f"{key} {value}" for key, value in document["settings"].items()),
+            document["runs"] or "",
+        )
+        for document in documents
+    ]
+    Output(as_json=json).show(documents, table("Recommenders", ("model", "reads", "settings", "runs"), rows))
+
+
+@app.command("train-tiny", rich_help_panel=STAGES)
+def train_tiny_(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for weights, tokenizer and config.")],
+    set_: SetOption = None,
+    json: JsonOption = False,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Train the shipped encoder `tiny` again, on rendered pairs of seeds that no demo catalogue uses."""
+    from pipeline.config import parse_config, with_overrides
+    from pipeline.stages.train_tiny import TrainTinyConfig, train_tiny
 
     out = Output(as_json=json)
-    rows = [(form.spec, form.modalities, form.what) for form in ENCODER_FORMS]
-    out.show(
-        [{"spec": spec, "modalities": modalities, "what": what} for spec, modalities, what in rows],
-        table("Encoders", ("specification", "modalities", "what it is"), rows),
-    )
+    settings = parse_config(with_overrides({}, set_ or []), TrainTinyConfig, "--set")
+    with out.reporter.progress("training tiny") as progress:
+        report = train_tiny(settings, output, progress)
+    out.show(report)
 
 
 def main() -> None:

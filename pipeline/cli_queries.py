@@ -41,11 +41,14 @@ def similar(
 @app.command(rich_help_panel=QUERIES)
 def recommend(
     run: Annotated[str, typer.Argument(help="Name, key or folder of a run.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")] = Path("recommendations.parquet"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Parquet file to write.")] = Path(
+        "recommendations.parquet"
+    ),
     k: Annotated[int, typer.Option("-k", min=1, help="Items a user.")] = 10,
     user: Annotated[list[str] | None, typer.Option(help="Only this user; repeat for more.")] = None,
     exclude: Annotated[
-        Literal["train", "all"], typer.Option(help="Never recommend what the user has in training, or has at all.")
+        Literal["train", "all"],
+        typer.Option(help="Never recommend what the user has in training, or has at all."),
     ] = "all",
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
@@ -66,12 +69,15 @@ def recommend(
 @app.command(rich_help_panel=QUERIES)
 def export(
     features: Annotated[str, typer.Argument(help="Name, key or folder of a feature artefact.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File (lists, npy) or folder (mmrec) to write.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File (lists, npy) or folder (mmrec) to write.")
+    ],
     layout: Annotated[
         Literal["lists", "npy", "mmrec"],
         typer.Option(
             "--format",
-            help="lists: Parquet with a list column; npy: array + ids beside it; mmrec: <modality>_feat.npy in item order.",
+            help="lists: Parquet with a list column; npy: array and ids beside it; "
+            "mmrec: <modality>_feat.npy in item order.",
         ),
     ] = "lists",
     store: StoreOption = DEFAULT_STORE,
@@ -82,4 +88,6 @@ def export(
 
     out = Output(as_json=json)
     written = export_features(open_store(store), features, output, layout)
-    out.show(written, f"{written['rows']:,} rows of {written['dim']} numbers in {', '.join(written['files'])}")
+    out.show(
+        written, f"{written['rows']:,} rows of {written['dim']} numbers in {', '.join(written['files'])}"
+    )

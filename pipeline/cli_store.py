@@ -1,4 +1,4 @@
-"""The command line's housekeeping: what the store holds, whether it is whole, what may go, what this machine can do."""
+"""The command line's housekeeping: what the store holds, whether it is whole, what may go."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ STORE = "The store"
 
 @app.command("ls", rich_help_panel=STORE)
 def list_(
-    kind: Annotated[str, typer.Argument(help="Only this kind: dataset, features, index, run, comparison ...")] = "",
+    kind: Annotated[
+        str, typer.Argument(help="Only this kind: dataset, features, index, run, comparison ...")
+    ] = "",
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
     """List what the store holds, newest last."""
-    from pipeline.manifest import KINDS
     from pipeline.errors import ConfigError
+    from pipeline.manifest import KINDS
 
     if kind and kind not in KINDS:
         raise ConfigError(f"There is no kind {kind!r}; known kinds: {', '.join(KINDS)}.")
     opened = open_store(store)
     names: dict[str, list[str]] = {}
-    for name, artefact in opened.names().items():
-        names.setdefault(artefact.key, []).append(name)
+    for name, pointer in opened.names().items():
+        names.setdefault(pointer.key, []).append(name)
     found = sorted(opened.list(kind or None), key=lambda artefact: artefact.manifest.created_at)
     documents = [
         {
@@ -76,7 +78,8 @@ def show(
     manifest = artefact.manifest.model_dump(mode="json")
     lineage = opened.lineage(artefact)
     text = [artefact.ref, f"  key        {artefact.key}", f"  made       {manifest['created_at']}"]
-    text += [f"  took       {manifest['seconds']:.1f} s, {human_bytes(manifest['bytes'])} in {len(manifest['files'])} files"]
+    size = f"{human_bytes(manifest['bytes'])} in {len(manifest['files'])} files"
+    text += [f"  took       {manifest['seconds']:.1f} s, {size}"]
     text += ["", "made from"] + ([f"  {line}" for line in lineage.lines()[1:]] or ["  nothing in this store"])
     for section in ("parameters", "facts"):
         text += ["", section] + [f"  {line}" for line in _flat(manifest[section])]
@@ -111,17 +114,26 @@ def verify(
     """Compare every file with its checksum; exits with 1 if something is damaged."""
     opened = open_store(store)
     out = Output(as_json=json)
-    problems = opened.verify_all() if not refs else [p for ref in refs for p in opened.verify(opened.get(ref))]
-    checked = len(refs) if refs else len(opened.list())
-    lines = [f"{checked} artefacts checked, {len(problems)} problems", *(f"  {problem}" for problem in problems)]
-    out.show({"checked": checked, "problems": [str(problem) for problem in problems]}, "\n".join(lines))
+    with out.reporter.progress("checksums") as progress:
+        if refs:
+            found = {artefact.ref: opened.verify(artefact) for artefact in map(opened.get, refs)}
+        else:
+            found = opened.verify_all(progress)
+    problems = [f"{ref}: {problem}" for ref, listed in found.items() for problem in listed]
+    lines = [
+        f"{len(found)} artefacts checked, {len(problems)} problems",
+        *(f"  {problem}" for problem in problems),
+    ]
+    out.show({"checked": len(found), "problems": problems}, "\n".join(lines))
     if problems:
         raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=STORE)
 def gc(
-    keep: Annotated[list[str] | None, typer.Option(help="Keep this artefact and what it was made from.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Keep this artefact and what it was made from.")
+    ] = None,
     older_than_days: Annotated[float, typer.Option(min=0, help="Only what was last used longer ago.")] = 30.0,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only list what would go.")] = False,
     store: StoreOption = DEFAULT_STORE,
@@ -131,16 +143,28 @@ def gc(
 
     Example: `tandem gc --older-than-days 7 --yes`
     """
-    report = open_store(store).collect_garbage(
+    collected = open_store(store).collect_garbage(
         keep=keep or [], older_than=timedelta(days=older_than_days), dry_run=not yes
     )
+    gone = [artefact.ref for artefact in collected.artefacts] + [left.address for left in collected.leftovers]
     verb = "deleted" if yes else "would go (--yes deletes)"
-    lines = [f"{len(report.refs)} artefacts and {len(report.leftovers)} leftovers, {human_bytes(report.bytes)}, {verb}"]
-    Output(as_json=json).show(report.to_json(), "\n".join(lines + [f"  {ref}" for ref in report.refs]))
+    document = {
+        "dry_run": collected.dry_run,
+        "bytes": collected.bytes,
+        "gone": gone,
+        "kept": dict(collected.kept),
+    }
+    size = human_bytes(collected.bytes)
+    lines = [f"{len(gone)} artefacts and leftovers, {size}, {verb}; {len(collected.kept)} stay"]
+    Output(as_json=json).show(document, "\n".join(lines + [f"  {ref}" for ref in gone]))
 
 
 def _flat(value: Any, prefix: str = "") -> list[str]:
     """One ``dotted.key  value`` line for each leaf of a nested document."""
     if isinstance(value, dict):
-        return [line for key, inner in value.items() for line in _flat(inner, f"{prefix}.{key}" if prefix else key)]
+        return [
+            line
+            for key, inner in value.items()
+            for line in _flat(inner, f"{prefix}.{key}" if prefix else key)
+        ]
     return [f"{prefix:<40} {value}"]

@@ -27,11 +27,12 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 Scalar = bool | int | float | str
 
 
-
 class FeatureSetConfig(BaseModel, frozen=True, extra="forbid"):
     """What a recommender reads: one encoder per modality, an empty name where a modality is left out."""
 
-    image: str = Field("", description="Encoder of the pictures, as in `tandem encoders`; empty: no pictures.")
+    image: str = Field(
+        "", description="Encoder of the pictures, as in `tandem encoders`; empty: no pictures."
+    )
     text: str = Field("", description="Encoder of the texts; empty: no texts.")
     fused: str = Field("", description="Encoder of picture and text together; empty: none.")
 
@@ -109,7 +110,9 @@ def load_config(path: Path, config_type: type[ConfigT], overrides: Sequence[str]
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}; expected keys and values such as `seeds: [0, 1, 2]`.")
+        raise ConfigError(
+            f"{path} holds a {type(raw).__name__}; expected keys and values such as `seeds: [0, 1, 2]`."
+        )
     return parse_config(with_overrides(raw, overrides), config_type, source=str(path))
 
 
@@ -137,11 +140,13 @@ def with_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
     return changed
 
 
-def parse_config(raw: Mapping[str, Any], config_type: type[ConfigT], source: str = "configuration") -> ConfigT:
+def parse_config(
+    raw: Mapping[str, Any], config_type: type[ConfigT], source: str = "configuration"
+) -> ConfigT:
     """Check a nested mapping against a configuration type.
 
     Raises:
-        ConfigError: One line for each key or value that is not right, with the near matches of a misspelt key.
+        ConfigError: A line for each key or value that is not right, with the near match of a misspelt key.
     """
     try:
         return config_type.model_validate(dict(raw))
@@ -172,6 +177,8 @@ def _fields_at(config_type: type[BaseModel], location: Sequence[str | int]) -> l
         if isinstance(part, int) or not (isinstance(here, type) and issubclass(here, BaseModel)):
             continue
         annotation = here.model_fields[part].annotation
-        inner = [arg for arg in typing.get_args(annotation) if isinstance(arg, type) and issubclass(arg, BaseModel)]
+        inner = [
+            arg for arg in typing.get_args(annotation) if isinstance(arg, type) and issubclass(arg, BaseModel)
+        ]
         here = inner[0] if inner else annotation
     return sorted(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []

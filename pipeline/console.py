@@ -26,15 +26,24 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 StoreOption = Annotated[
     str,
     typer.Option(
-        "--store", envvar="TANDEM_STORE", help="Where artefacts are kept: a folder or an fsspec URL.", show_default=True
+        "--store",
+        envvar="TANDEM_STORE",
+        help="Where artefacts are kept: a folder or an fsspec URL.",
+        show_default=True,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document for programs instead of text.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document for programs instead of text.")
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. --set training.epochs=20. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one setting, e.g. --set training.epochs=20. Repeatable."
+    ),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Make the artefact again although the store has it.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Make the artefact again although the store has it.")
+]
 
 
 class Output:
@@ -114,10 +123,14 @@ def run_app(app: Callable[..., Any], arguments: Sequence[str] | None = None) -> 
 def _fail(message: str, arguments: Sequence[str]) -> int:
     if "--json" in arguments:
         sys.stdout.write(json.dumps({"error": message}, ensure_ascii=False) + "\n")
-    Console(stderr=True).print(f"tandem: {message}", markup=False, highlight=False, soft_wrap=True, style="red")
+    Console(stderr=True).print(
+        f"tandem: {message}", markup=False, highlight=False, soft_wrap=True, style="red"
+    )
     return EXIT_USER_ERROR
 
 
 def _interrupted() -> int:
-    Console(stderr=True).print("tandem: stopped. What was whole is kept; the same command goes on from there.")
+    Console(stderr=True).print(
+        "tandem: stopped. What was whole is kept; the same command goes on from there."
+    )
     return EXIT_INTERRUPTED

@@ -39,7 +39,8 @@ class Query:
         given = [name for name in ("item", "text", "picture") if getattr(self, name)]
         if len(given) != 1:
             raise ConfigError(
-                f"A query is one of --item, --text and --picture; got {' and '.join(given) or 'none of them'}."
+                "A query is one of --item, --text and --picture; got "
+                f"{' and '.join(given) or 'none of them'}."
             )
 
 
@@ -63,16 +64,14 @@ def similar_items(store: Store, index: str, query: Query, k: int = 10) -> list[H
         k: How many.
 
     Raises:
-        ConfigError: An unknown item, an item without a vector, or an index whose encoder cannot read the query.
+        ConfigError: An unknown item, one without a vector, or an encoder that cannot read the query.
     """
     artefact = store.get(index, "index")
     source = store.get(artefact.manifest.inputs[0].key)
     faiss_index = load_index(artefact.path("index.faiss"))
     item_ids: list[str] = pl.read_parquet(artefact.path("item_ids.parquet"))["item_id"].to_list()
     vector = _item_vector(source, query.item) if query.item else _encode(source, query)
-    if artefact.manifest.parameters["metric"] == "cosine":
-        vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
-    similarities, rows = search(faiss_index, vector[None].astype(np.float32), min(k + 1, len(item_ids)))
+    rows, similarities = search(faiss_index, vector[None], k + 1)
     titles = _titles(store, source)
     hits = [
         (item_ids[row], float(similarity))
@@ -146,7 +145,9 @@ def _titles(store: Store, source: Artefact) -> dict[str, str]:
         if dataset is not None:
             items = pl.read_parquet(dataset.path("items.parquet"))
             if "title" in items.columns:
-                return dict(items.select("item_id", pl.col("title").cast(pl.String).fill_null("")).iter_rows())
+                return dict(
+                    items.select("item_id", pl.col("title").cast(pl.String).fill_null("")).iter_rows()
+                )
     return {}
 
 
@@ -193,7 +194,9 @@ def write_recommendations(
     per_user, depth = items.shape
     table = pl.DataFrame(
         {
-            "user_id": np.repeat(np.array(dataset.user_ids, dtype=object)[rows], depth)[kept.ravel()].tolist(),
+            "user_id": np.repeat(np.array(dataset.user_ids, dtype=object)[rows], depth)[
+                kept.ravel()
+            ].tolist(),
             "rank": np.tile(np.arange(1, depth + 1, dtype=np.int32), per_user)[kept.ravel()],
             "item_id": np.array(dataset.item_ids, dtype=object)[items[kept]].tolist(),
             "score": scores[kept],
@@ -221,5 +224,7 @@ def _user_rows(known: Sequence[str], users: Sequence[str]) -> NDArray[np.int64]:
     row_of = {user_id: row for row, user_id in enumerate(known)}
     unknown = [user for user in users if user not in row_of]
     if unknown:
-        raise ConfigError(f"The dataset has no user {unknown[0]!r} ({len(known):,} users, first {known[0]!r}).")
+        raise ConfigError(
+            f"The dataset has no user {unknown[0]!r} ({len(known):,} users, first {known[0]!r})."
+        )
     return np.array([row_of[user] for user in users], dtype=np.int64)

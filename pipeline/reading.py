@@ -98,14 +98,14 @@ def read_feature_table(
         missing = wanted.filter(~wanted.is_in(stored.item_ids.implode()))
         if len(missing):
             raise DatasetError(
-                f"{artefact.ref} covers {len(wanted) - len(missing):,} of {len(wanted):,} items of this dataset, "
-                f"first missing {missing[0]!r}; run `tandem extract` on this dataset."
+                f"{artefact.ref} covers {len(wanted) - len(missing):,} of {len(wanted):,} items of this "
+                f"dataset, first missing {missing[0]!r}; run `tandem extract` on this dataset."
             )
         aligned, has = stored.align(wanted)
         if not bool(has.any()):
             raise DatasetError(
-                f"{artefact.ref} has no usable row for any of the {len(wanted):,} items; look at the status and reason "
-                "columns of its parts, mend the files and run `tandem extract --retry-failed`."
+                f"{artefact.ref} has no usable row for any of the {len(wanted):,} items; look at the columns "
+                "status and reason of its parts, mend the files and run `tandem extract --retry-failed`."
             )
         aligned = normalise(aligned, has, config.normalise)
         vectors[modality] = fill_absent(aligned, has, config.absent)

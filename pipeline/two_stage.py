@@ -98,7 +98,7 @@ class TwoStageResult:
 
 
 def run_two_stage(
-    config: RunConfig, stages: Stages, done: Callable[[StageResult], None] = lambda result: None
+    config: RunConfig, stages: Stages, done: Callable[[StageResult], None] | None = None
 ) -> TwoStageResult:
     """Run a whole configuration; what the store holds already is reused.
 
@@ -109,29 +109,29 @@ def run_two_stage(
     """
 
     def note(result: StageResult) -> StageResult:
-        done(result)
+        if done is not None:
+            done(result)
         return result
 
     dataset = note(stages.prepare(config.dataset))
     result = TwoStageResult(dataset)
     for modality, encoder in _wanted_features(config):
-        settings = FeaturesConfig(
+        what = FeaturesConfig(
             encoder=encoder,
             modality=modality,  # type: ignore[arg-type]  # a key of FeatureSetConfig.encoders(): a modality
             text=config.text,
             extraction=config.extraction,
             device=config.device,
         )
-        made = note(stages.extract(dataset.artefact.key, settings))
+        made = note(stages.extract(dataset.artefact.key, what))
         result.features[modality, encoder] = made
         if not encoder.startswith(CONTROLS):
             result.indexes.append(note(stages.index(made.artefact.key, config.index)))
     for recommender in config.recommenders:
         for features in _feature_keys(config, recommender, result):
             for seed in config.seeds:
-                result.runs.append(
-                    note(stages.train(dataset.artefact.key, features, _run_settings(config, recommender, seed)))
-                )
+                settings = _run_settings(config, recommender, seed)
+                result.runs.append(note(stages.train(dataset.artefact.key, features, settings)))
     result.comparison = note(stages.compare([run.artefact.key for run in result.runs], config.comparison))
     return result
 

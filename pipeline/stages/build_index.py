@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
+from features import indexing
 from features.feature_table import FeatureSet
-from features.indexing import IndexConfig, build_index as build, save_index
+from features.indexing import IndexConfig, save_index
 from pipeline.errors import ConfigError
 from pipeline.progress import SILENT, Reporter
 from pipeline.stages.result import StageResult
@@ -18,6 +23,8 @@ if TYPE_CHECKING:
 
     from pipeline.store import Artefact, Draft, Store
 
+SEED = 0
+"""Of training and of the sample that recall is measured on: one index per configuration."""
 ITEM_EMBEDDINGS = "item_embeddings.parquet"
 """The items' embeddings in a run artefact, in the layout of feature parts."""
 
@@ -39,23 +46,22 @@ def build_index(
         IndexingError: The index cannot be built as asked.
     """
     made_from = store.get(source)
-    paths = vector_files(made_from)
+    vector_files(made_from)  # refuses what cannot be indexed before anything is looked up or made
 
     def make(draft: Draft) -> None:
-        vectors, item_ids = present_vectors(paths)
-        built = build(vectors, config, np.random.default_rng(config.seed))
+        vectors, item_ids = present_vectors(vector_files(made_from))
+        with reporter.progress(f"index {made_from.slug}") as progress:
+            built = indexing.build_index(vectors, config, np.random.default_rng(SEED), progress=progress)
         save_index(built.index, draft.path("index.faiss"))
         pl.DataFrame({"item_id": item_ids}).write_parquet(draft.path("item_ids.parquet"))
-        report = built.report.model_dump(mode="json")
-        reporter.say(f"  {report['kind']} index of {len(vectors):,} vectors on {report['backend']}: {report['reason']}")
-        draft.record(
-            **report,
-            summary={
-                "kind": report["kind"],
-                "vectors": len(vectors),
-                f"recall@{report['recall_k']}": report["recall"],
-            },
-        )
+        report = built.report
+        reporter.say(f"  {report.kind} on {report.device} ({report.device_reason}): {report.reason}")
+        for note in report.notes:
+            reporter.say(f"  {note}")
+        summary: dict[str, JsonValue] = {"kind": report.kind, "vectors": report.n_vectors}
+        if report.recall is not None:
+            summary[f"recall@{report.recall_k}"] = report.recall
+        draft.record(**json.loads(json.dumps(asdict(report))), summary=summary)
 
     outcome = store.produce(
         "index",
@@ -69,7 +75,7 @@ def build_index(
     return StageResult.of(outcome)
 
 
-def vector_files(made_from: Artefact) -> list:
+def vector_files(made_from: Artefact) -> list[Path]:
     """The files that hold an artefact's vectors.
 
     Raises:
@@ -80,20 +86,23 @@ def vector_files(made_from: Artefact) -> list:
     if made_from.kind == "run" and ITEM_EMBEDDINGS in made_from.manifest.files:
         return [made_from.path(ITEM_EMBEDDINGS)]
     raise ConfigError(
-        f"{made_from.ref} holds no vectors to index; give a feature artefact, or a run of a model that is scored "
-        "by inner products (item kNN is not)."
+        f"{made_from.ref} holds no vectors to index; give a feature artefact, or a run of a model that is "
+        "scored by inner products (item kNN is not)."
     )
 
 
-def present_vectors(paths: list) -> tuple[np.ndarray, list[str]]:
+def present_vectors(paths: list[Path]) -> tuple[npt.NDArray[np.float32], list[str]]:
     """Read the (N, F) float32 vectors of the items that have one, and their ids."""
     features = FeatureSet.read(paths)
     present = features.present
     item_ids: list[str] = features.item_ids.filter(pl.Series(present.numpy())).to_list()
-    return features.vectors[present].float().numpy(), item_ids
+    vectors: npt.NDArray[np.float32] = features.vectors[present].float().numpy()
+    return vectors, item_ids
 
 
 def _source(made_from: Artefact) -> dict[str, JsonValue]:
     """What the vectors are, so that a query by text or picture finds its encoder."""
     shown = made_from.manifest.parameters
-    return {name: shown[name] for name in ("encoder", "modality", "model") if name in shown} | {"ref": made_from.ref}
+    return {name: shown[name] for name in ("encoder", "modality", "model") if name in shown} | {
+        "ref": made_from.ref
+    }

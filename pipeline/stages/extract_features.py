@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
+import polars as pl
+import torch
 from pydantic import BaseModel, Field
 
 from features.catalogue import Catalogue, Modality, TextConfig
 from features.encoders.base import EncoderInfo
-from features.encoders.registry import describe_encoder, inner_spec, load_encoder
-from features.extraction import ExtractionConfig, KnownVectors, extract
+from features.encoders.registry import ShuffledSpec, describe_encoder, load_encoder, parse_shuffled
+from features.extraction import ExtractionConfig, extract, recipe_digest
 from features.feature_table import FeatureSet, StatusType, read_rows, shuffle_rows, write_features
+from features.known import KnownVectors
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.errors import ConfigError
 from pipeline.progress import SILENT, Reporter
@@ -32,7 +37,9 @@ class FeaturesConfig(BaseModel, frozen=True, extra="forbid"):
     """Which encoder over which modality, and how it reads and writes."""
 
     encoder: str = Field("tiny", description="Specification of the encoder, as listed by `tandem encoders`.")
-    modality: Modality = Field("image", description="What is encoded: the picture, the text, or both together.")
+    modality: Modality = Field(
+        "image", description="What is encoded: the picture, the text, or both together."
+    )
     text: TextConfig = Field(default_factory=TextConfig)
     extraction: ExtractionConfig = Field(default_factory=ExtractionConfig)
     device: DeviceChoice = Field("auto", description="`auto` takes the GPU where there is one.")
@@ -65,26 +72,21 @@ def extract_features(
     catalogue = read_catalogue(source)
     if config.encoder == GIVEN:
         return _keep_given(store, source, catalogue, config, force=force)
-    inner = inner_spec(config.encoder)
-    if inner is not None:
-        return _shuffle(store, source, config, inner, reporter=reporter, force=force)
+    shuffled = parse_shuffled(config.encoder)
+    if shuffled is not None:
+        return _shuffle(store, source, config, shuffled, reporter=reporter, force=force)
     info = describe_encoder(config.encoder)
     if config.modality not in info.modalities:
         raise ConfigError(
-            f"{config.encoder} encodes {' and '.join(info.modalities)}, not {config.modality}; choose another "
-            "modality or another encoder (`tandem encoders`)."
+            f"{config.encoder} encodes {' and '.join(info.modalities)}, not {config.modality}; "
+            "choose another modality or another encoder (`tandem encoders`)."
         )
     identity = _identity(catalogue, config, info)
-    earlier = [
-        artefact
-        for artefact in store.list("features")
-        if artefact.manifest.identity.get("encoder") == identity["encoder"]
-        and artefact.manifest.identity.get("modality") == config.modality
-    ]
+    recipe = recipe_digest(info, config.modality, config.extraction)
 
     def make(draft: Draft) -> None:
         encoder = load_encoder(config.encoder, device=choose_device(config.device))
-        known = None if force and not retry_failed else _known_vectors(earlier)
+        known = None if force and not retry_failed else _known_vectors(store, recipe)
         with reporter.progress(f"{config.encoder} {config.modality}") as progress:
             report = extract(
                 encoder,
@@ -96,8 +98,10 @@ def extract_features(
                 known=known,
                 progress=progress,
             )
-        facts = report.model_dump(mode="json")
-        draft.record(**facts, summary=_summary(facts))
+        for note in report.notes:
+            reporter.say(f"  {note}")
+        facts = json.loads(json.dumps(asdict(report)))
+        draft.record(**facts, recipe=recipe, summary=_summary(facts))
 
     outcome = store.produce(
         "features",
@@ -116,16 +120,17 @@ def _identity(catalogue: Catalogue, config: FeaturesConfig, info: EncoderInfo) -
     """All that can change the vectors. Not the dataset's key: another split of the same items shares them."""
     return {
         "catalogue": catalogue.fingerprint(config.modality, config.text),
-        "encoder": info.identity(),
+        "encoder": {"weights": info.weights_sha256, "preprocessing": info.preprocessing_sha256},
         "modality": config.modality,
         "extraction": config.extraction.identity(),
     }
 
 
-def _known_vectors(earlier: list[Artefact]) -> KnownVectors | None:
-    """What artefacts of the same encoder hold already, by content."""
+def _known_vectors(store: Store, recipe: str) -> KnownVectors | None:
+    """What earlier artefacts of the same recipe hold, by content."""
+    earlier = [a for a in store.list("features") if a.manifest.facts.get("recipe") == recipe]
     paths = [path for artefact in earlier for path in artefact.paths("part-*.parquet")]
-    return KnownVectors.read(paths) if paths else None
+    return KnownVectors(paths, recipe) if paths else None
 
 
 def _keep_given(
@@ -143,20 +148,23 @@ def _keep_given(
     def make(draft: Draft) -> None:
         vectors = np.load(source.path(name), allow_pickle=False)
         ok = np.isfinite(vectors).all(axis=1)
-        import polars as pl  # noqa: PLC0415
-        import torch  # noqa: PLC0415
-
         status = pl.Series(["ok" if good else "unreadable" for good in ok], dtype=StatusType)
         ids = pl.Series("item_id", catalogue.item_ids, dtype=pl.String)
-        write_features(draft.folder, FeatureSet(ids, torch.from_numpy(np.where(ok[:, None], vectors, 0)), status))
+        write_features(
+            draft.folder, FeatureSet(ids, torch.from_numpy(np.where(ok[:, None], vectors, 0)), status)
+        )
         draft.record(
-            **_status_counts(status.value_counts().rows()), summary={"items": len(ids), "dim": vectors.shape[1]}
+            **_status_counts(status.value_counts().rows()),
+            summary={"items": len(ids), "dim": vectors.shape[1]},
         )
 
     outcome = store.produce(
         "features",
         slug=_slug(config),
-        identity={"given": source.manifest.files[name].sha256, "items": catalogue.fingerprint(config.modality)},
+        identity={
+            "given": source.manifest.files[name].sha256,
+            "items": catalogue.fingerprint(config.modality),
+        },
         inputs=[source.as_input("catalogue")],
         parameters={"encoder": GIVEN, "modality": config.modality},
         make=make,
@@ -166,25 +174,30 @@ def _keep_given(
 
 
 def _shuffle(
-    store: Store, source: Artefact, config: FeaturesConfig, inner: str, *, reporter: Reporter, force: bool
+    store: Store,
+    source: Artefact,
+    config: FeaturesConfig,
+    shuffled: ShuffledSpec,
+    *,
+    reporter: Reporter,
+    force: bool,
 ) -> StageResult:
     """Deal the rows of another encoder's features to other items: a control."""
     plain = extract_features(
-        store, source.key, config.model_copy(update={"encoder": inner}), reporter=reporter
+        store, source.key, config.model_copy(update={"encoder": shuffled.inner}), reporter=reporter
     ).artefact
     info = describe_encoder(config.encoder)
 
     def make(draft: Draft) -> None:
         features = FeatureSet.read(plain.paths("part-*.parquet"))
-        shuffled = shuffle_rows(features, np.random.default_rng(info.seed))
-        write_features(draft.folder, shuffled)
+        write_features(draft.folder, shuffle_rows(features, np.random.default_rng(shuffled.seed)))
         counts = read_rows(plain.paths("part-*.parquet"))["status"].cast(str).value_counts().rows()
         draft.record(**_status_counts(counts), summary={"items": len(features), "dim": features.dim})
 
     outcome = store.produce(
         "features",
         slug=_slug(config),
-        identity={"shuffled": plain.key, "seed": info.seed},
+        identity={"shuffled": plain.key, "seed": shuffled.seed},
         inputs=[plain.as_input("rows")],
         parameters=_parameters(config, info),
         make=make,

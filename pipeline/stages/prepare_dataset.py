@@ -13,7 +13,7 @@ from pipeline.progress import SILENT, Reporter
 from pipeline.reading import OWN_IMAGES, SPLIT_LABELS, given_features_file
 from pipeline.stages.result import StageResult
 from recommenders.interactions import Int64Array, Interactions
-from recommenders.splitting import split_interactions, split_labels
+from recommenders.splitting import split_by_labels, split_labels
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -73,9 +73,8 @@ def _write(draft: Draft, raw: RawDataset, config: DatasetConfig) -> None:
         n_items=len(raw.items),
         timestamps=_column(raw.interactions, "timestamp"),
     )
-    given = _given_labels(raw)
-    labels = split_labels(interactions, config.split, given)
-    split = split_interactions(interactions, config.split, given)
+    labels = split_labels(interactions, config.split, _given_labels(raw))
+    split = split_by_labels(interactions, labels, config.split.rule)
     raw.items.write_parquet(draft.path("items.parquet"))
     pl.DataFrame({"user_id": raw.user_ids()}).write_parquet(draft.path("users.parquet"))
     table = pl.DataFrame({"user_row": users, "item_row": items}).with_columns(
@@ -126,4 +125,6 @@ def _without(items: pl.DataFrame, column: str) -> int:
 
 def _shown_parameters(config: DatasetConfig) -> dict[str, JsonValue]:
     """The settings that were used: the sections of other importers are left out."""
-    return config.model_dump(mode="json", include={"importer", config.importer, "filters", "pictures", "split"})
+    return config.model_dump(
+        mode="json", include={"importer", config.importer, "filters", "pictures", "split"}
+    )

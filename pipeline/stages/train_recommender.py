@@ -14,17 +14,17 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from safetensors.torch import save_file
 
-from features.feature_table import FeatureSet, StatusType
+from features.feature_table import FeatureSet
 from features.parts import PartRows, write_part
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.errors import ConfigError
-from pipeline.progress import SILENT, Reporter
+from pipeline.progress import SILENT, Progress, Reporter
 from pipeline.reading import Dataset, ReadingConfig, read_dataset, read_feature_table
 from pipeline.stages.build_index import ITEM_EMBEDDINGS
 from pipeline.stages.result import StageResult
-from recommenders.evaluation import Evaluation, EvaluationConfig, evaluate_part
+from recommenders.evaluation import Evaluation, EvaluationConfig, Scorer, evaluate_part
 from recommenders.feature_input import FeatureTable
-from recommenders.models.registry import MODELS, build_model, model_config
+from recommenders.models.registry import build_model, model_config, model_entry
 from recommenders.training import TrainingConfig, train
 
 if TYPE_CHECKING:
@@ -56,3 +56,211 @@ class RunSettings(BaseModel, frozen=True, extra="forbid"):
     def _known(self) -> RunSettings:
         model_config(self.model, self.settings)  # raises for a name or a key that does not exist
         return self
+
+
+def train_recommender(
+    store: Store,
+    dataset: str,
+    features: Sequence[str],
+    config: RunSettings,
+    *,
+    reporter: Reporter = SILENT,
+    force: bool = False,
+) -> StageResult:
+    """Train one recommender with one seed, choose its epoch on validation, and measure the test part once.
+
+    Args:
+        store: Where everything lies.
+        dataset: Name, key or folder of a dataset artefact.
+        features: Feature artefacts, at most one a modality; none for models that read none.
+        config: Model, settings, reading, training, evaluation, seed.
+        reporter: Told of epochs.
+        force: Train again although the store has the run.
+
+    Raises:
+        ConfigError: Features without a model that reads them, or two of one modality.
+        RecommenderError: The model cannot be built or trained as asked.
+    """
+    data = store.get(dataset, "dataset")
+    tables = _by_modality([store.get(ref, "features") for ref in features], config.model)
+    device = choose_device(config.device)
+    label = feature_label({modality: str(a.manifest.parameters["encoder"]) for modality, a in tables.items()})
+
+    def make(draft: Draft) -> None:
+        with reporter.progress(f"{config.model} {label} seed {config.seed}") as progress:
+            _train_and_measure(draft, data, tables, config, device=device, progress=progress)
+
+    outcome = store.produce(
+        "run",
+        slug=f"{config.model}-{label}-seed-{config.seed}".replace(NO_FEATURES * 3, NO_FEATURES),
+        identity=_identity(data, tables, config, device),
+        inputs=[data.as_input("interactions"), *(a.as_input(modality) for modality, a in tables.items())],
+        parameters={
+            **config.model_dump(mode="json", exclude={"settings"}),
+            "settings": model_config(config.model, config.settings).model_dump(mode="json"),
+            "feature_set": label,
+            "dataset": data.key,
+            "split_fingerprint": data.manifest.facts["split_fingerprint"],
+        },
+        make=make,
+        resumable=True,
+        force=force,
+    )
+    return StageResult.of(outcome)
+
+
+def feature_label(encoders: Mapping[str, str]) -> str:
+    """What a feature set is called: "tiny image+text", or "clip image, minilm text" where encoders differ."""
+    if not encoders:
+        return NO_FEATURES
+    short = {modality: encoder.removeprefix("open_clip/") for modality, encoder in encoders.items()}
+    if len(set(short.values())) == 1:
+        return f"{next(iter(short.values()))} {'+'.join(short)}"
+    return ", ".join(f"{encoder} {modality}" for modality, encoder in short.items())
+
+
+def restore_scorer(store: Store, run: Artefact) -> Scorer:
+    """Return what scores all items for a block of users, from a finished run.
+
+    Raises:
+        StoreError: What the run was made from is no longer in the store.
+    """
+    if ITEM_EMBEDDINGS in run.manifest.files:
+        users = FeatureSet.read([run.path(USER_EMBEDDINGS)]).vectors
+        items = FeatureSet.read([run.path(ITEM_EMBEDDINGS)]).vectors
+        return lambda rows: users[rows] @ items.T
+    inputs = run.manifest.inputs
+    data = read_dataset(store.get(next(ref.key for ref in inputs if ref.kind == "dataset"), "dataset"))
+    tables = {ref.role: store.get(ref.key, "features") for ref in inputs if ref.kind == "features"}
+    shown = run.manifest.parameters
+    table = read_feature_table(tables, data.item_ids, ReadingConfig.model_validate(shown["reading"]))
+    settings = shown["settings"]
+    assert isinstance(settings, dict)  # noqa: S101 - as _train_and_measure wrote it
+    rng = np.random.default_rng(0)  # a model without parameters draws nothing that stays
+    model = build_model(str(shown["model"]), settings, data.split.train, table, rng)  # type: ignore[arg-type]  # JSON scalars
+    return model.scorer(table)
+
+
+def _by_modality(features: Sequence[Artefact], model: str) -> dict[str, Artefact]:
+    if features and not model_entry(model).model.needs_features:
+        raise ConfigError(f"{model} reads no features; leave {features[0].ref} out, or choose another model.")
+    tables: dict[str, Artefact] = {}
+    for artefact in features:
+        modality = str(artefact.manifest.parameters["modality"])
+        if modality in tables:
+            raise ConfigError(
+                f"{artefact.ref} and {tables[modality].ref} are both of the modality {modality!r}; "
+                "give one a modality."
+            )
+        tables[modality] = artefact
+    return tables
+
+
+def _identity(
+    data: Artefact, tables: Mapping[str, Artefact], config: RunSettings, device: torch.device
+) -> dict[str, JsonValue]:
+    """All that can change the run. Block sizes cannot; a GPU's sums differ in their last digits."""
+    reads = bool(tables)
+    return {
+        "dataset": data.key,
+        "features": {modality: artefact.key for modality, artefact in tables.items()},
+        "model": config.model,
+        "settings": model_config(config.model, config.settings).model_dump(mode="json"),
+        "reading": config.reading.model_dump(mode="json") if reads else {},
+        "training": config.training.model_dump(mode="json"),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"block_users", "block_mb"}),
+        "seed": config.seed,
+        "device": device.type,
+    }
+
+
+def _train_and_measure(
+    draft: Draft,
+    data: Artefact,
+    tables: Mapping[str, Artefact],
+    config: RunSettings,
+    *,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    dataset = read_dataset(data)
+    split = dataset.split
+    table = read_feature_table(tables, dataset.item_ids, config.reading).to(device)
+    init_rng, training_rng = np.random.default_rng(config.seed).spawn(2)
+    model = build_model(config.model, config.settings, split.train, table, init_rng).to(device)
+    started = time.perf_counter()
+    trained = train(
+        model,
+        split.train,
+        split.valid,
+        table,
+        config.training,
+        evaluation=config.evaluation,
+        rng=training_rng,
+        checkpoint_folder=draft.scratch,
+        progress=progress,
+    )
+    train_seconds, started = time.perf_counter() - started, time.perf_counter()
+    model.eval()
+    scorer = model.scorer(table)
+    valid = evaluate_part(scorer, split, "valid", config.evaluation, device=device)
+    test = evaluate_part(scorer, split, "test", config.evaluation, device=device)  # once, after the choice
+    evaluate_seconds = time.perf_counter() - started
+    _write_model(draft, model, table, dataset)
+    _write_metrics(draft, valid, test)
+    trained.history_frame().write_parquet(draft.path("history.parquet"))
+    monitor = config.training.monitor
+    draft.record(
+        train_seconds=train_seconds,
+        evaluate_seconds=evaluate_seconds,
+        epochs=len(trained.history),
+        best_epoch=trained.best_epoch,
+        stopped_early=trained.stopped_early,
+        resumed_after=trained.resumed_after,
+        seconds_by_phase=dict(trained.seconds),
+        peak_memory_bytes=_peak_memory(device),
+        feature_seconds=sum(artefact.manifest.seconds for artefact in tables.values()),
+        feature_bytes=sum(artefact.manifest.bytes for artefact in tables.values()),
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        scoring=model.scoring,
+        summary={
+            "best epoch": trained.best_epoch,
+            f"valid {monitor}": valid.metrics[monitor],
+            f"test {monitor}": test.metrics[monitor],
+        },
+    )
+
+
+@torch.no_grad()
+def _write_model(draft: Draft, model: Recommender, table: FeatureTable, dataset: Dataset) -> None:
+    state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    save_file(state, draft.path("model.safetensors"))
+    if model.scoring != "inner_product":
+        return
+    users, items = model(table)
+    for name, ids, vectors in (
+        (USER_EMBEDDINGS, dataset.user_ids, users),
+        (ITEM_EMBEDDINGS, dataset.item_ids, items),
+    ):
+        absent: list[None] = [None] * len(ids)
+        array = vectors.float().cpu().numpy()
+        write_part(draft.path(name), PartRows(ids, absent, ["ok"] * len(ids), absent, array))
+
+
+def _write_metrics(draft: Draft, valid: Evaluation, test: Evaluation) -> None:
+    rows = [
+        {"part": part, "metric": metric, "value": value}
+        for part, evaluation in (("valid", valid), ("test", test))
+        for metric, value in evaluation.metrics.items()
+    ]
+    pl.DataFrame(rows).write_parquet(draft.path("metrics.parquet"))
+    test.per_user.write_parquet(draft.path("per_user.parquet"))
+    draft.record(test_users=test.n_users, valid_users=valid.n_users)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the GPU's peak where there is one, else this process's, everything it did before included."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
