@@ -274,6 +274,17 @@ class PartFile:
         self.read_into(out)
         return out
 
+    def mapped(self) -> Vectors:
+        """(N, D) embeddings that stay on disk until they are looked at, where the layout allows that.
+
+        With `verify` the whole column is compared with its checksum first.
+        """
+        if self._verify:
+            self.columns(("embedding",))
+        if self.vectors_offset is None or self.n_rows == 0:
+            return self.vectors()
+        return np.memmap(self.path, self.dtype, "r", self.vectors_offset, (self.n_rows, self.dim))
+
     def rows(self) -> PartRows:
         """All of the part."""
         table = self.columns(ROW_COLUMNS)

@@ -1,0 +1,251 @@
+"""The loop that joins loader workers, encoder and assembler."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, JsonValue, NonNegativeInt
+from torch import Tensor
+
+from features.assembling import Assembler, Plan
+from features.catalogue import Modality
+from features.encoders.base import Encoder
+from features.errors import EncoderError
+from features.images import ImageLimits
+from features.loading import Loaded, Loader, Source, choose_workers, prefetched
+from features.parts import StoredDtype, Vectors, check_finite
+
+PICTURES_PER_REQUEST = 16
+"""What a loader worker loads at a time: little enough that a first batch is there soon."""
+
+
+class ExtractionConfig(BaseModel, frozen=True, extra="forbid"):
+    """How a catalogue is encoded."""
+
+    batch_size: NonNegativeInt = Field(
+        0, description="Items encoded at a time; 0: 64 on a CPU, 256 on a GPU."
+    )
+    dtype: StoredDtype = Field("float16", description="Type of the stored numbers.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="What the encoder computes in; below float32 by automatic mixed precision."
+    )
+    rows_per_part: NonNegativeInt = Field(
+        0,
+        description="Rows of a file, and the most that a kill can cost; 0: 1/64 of all, from 512 to 16,384.",
+    )
+    workers: Literal["auto", "threads", "processes"] = Field(
+        "auto", description="What loads pictures and texts; auto: processes for many pictures on a GPU."
+    )
+    n_workers: NonNegativeInt = Field(0, description="How many of them; 0 chooses by cores and device.")
+    limits: ImageLimits = Field(ImageLimits(), description="Larger pictures count as unreadable.")
+
+    def identity(self) -> dict[str, JsonValue]:
+        """The settings that can change a vector, be it by its last bit: what belongs into a key."""
+        changing = {"batch_size", "dtype", "precision", "rows_per_part", "limits"}
+        identity: dict[str, JsonValue] = self.model_dump(mode="json", include=changing)
+        return identity
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Encoder input of some contents of one part."""
+
+    part: int
+    contents: list[int]
+    pixels: Tensor | None
+    tokens: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a loader worker loads at a time, and whether the encoder then has a batch."""
+
+    part: int
+    contents: list[int]
+    ends_batch: bool
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """Vectors on their way from the device."""
+
+    batch: _Batch
+    host: Tensor
+    """(B, D) of the stored type, in main memory."""
+    done: torch.cuda.Event | None
+    """Has passed when `host` is filled; None where it is at once."""
+
+    def is_busy(self) -> bool:
+        """Whether the device still works on it."""
+        return self.done is not None and not self.done.query()  # type: ignore[no-untyped-call]  # torch has no types here
+
+
+class EncodingRun:
+    """The loop that joins loading, encoding and assembling, and what it measures.
+
+    Args:
+        encoder: On its device.
+        modality: What of an item is encoded.
+        plan: Which contents each part encodes.
+        config: How.
+    """
+
+    def __init__(self, encoder: Encoder, modality: Modality, plan: Plan, config: ExtractionConfig) -> None:
+        self.encoder = encoder
+        self.modality = modality
+        self.plan = plan
+        self.config = config
+        self.device = next((tensor.device for tensor in encoder.parameters()), torch.device("cpu"))
+        self.batch_size = config.batch_size or (64 if self.device.type == "cpu" else 256)
+        self.empty: Vectors = np.empty((0, encoder.info.dims[modality]), config.dtype)
+        n_pictures = 0 if modality == "text" else int((plan.known < 0).sum())
+        self.workers = choose_workers(config.workers, config.n_workers, n_pictures, self.device)
+        self.n_encoded = 0
+        self.seconds = 0.0
+        self.waiting_s = 0.0
+        self._in_flight: deque[_InFlight] = deque()
+
+    def loader(self, image_root: str) -> Loader:
+        """What runs in the loader workers."""
+        return Loader(
+            image_root,
+            self.config.limits,
+            None if self.modality == "text" else self.encoder.image_transform,
+            None if self.modality == "image" else self.encoder.tokenizer,
+        )
+
+    def encode(self, parts: Sequence[int], loader: Loader, assembler: Assembler) -> None:
+        """Encode what the parts need, batch by batch."""
+        if not any(self.plan.to_encode(part) for part in parts):
+            return
+        started = time.perf_counter()
+        with (
+            prefetched(loader, self._requests(parts), self.workers) as loaded,
+            evaluating(self.encoder),
+            torch.inference_mode(),
+        ):
+            for batch in self._batches(self._timed(loaded), assembler):
+                self._in_flight.append(self._launch(batch))
+                if len(self._in_flight) > (self.device.type != "cpu"):
+                    self._land(assembler)
+            while self._in_flight:
+                self._land(assembler)
+            assembler.finish()
+        self.seconds = time.perf_counter() - started
+
+    def _requests(self, parts: Sequence[int]) -> Iterator[tuple[_Request, list[Source]]]:
+        """What the loader workers load: a whole part's texts, to be sorted, or a few pictures."""
+        for part in parts:
+            todo = self.plan.to_encode(part)
+            n_batch, n_request = self.batch_size, PICTURES_PER_REQUEST
+            if self.modality == "text":
+                n_batch = n_request = max(len(todo), 1)
+            for start in range(0, len(todo), n_batch):
+                batch = todo[start : start + n_batch]
+                for at in range(0, len(batch), n_request):
+                    some = batch[at : at + n_request]
+                    request = _Request(part, some, ends_batch=at + n_request >= len(batch))
+                    yield request, [self.plan.source(content) for content in some]
+
+    def _timed(self, loaded: Iterator[tuple[_Request, Loaded]]) -> Iterator[tuple[_Request, Loaded]]:
+        """Count the time spent waiting for data while the encoder has nothing to do."""
+        while True:
+            before = time.perf_counter()
+            item = next(loaded, None)
+            if not (self._in_flight and self._in_flight[-1].is_busy()):
+                self.waiting_s += time.perf_counter() - before
+            if item is None:
+                return
+            yield item
+
+    def _batches(self, loaded: Iterator[tuple[_Request, Loaded]], assembler: Assembler) -> Iterator[_Batch]:
+        """Put what was loaded together as the encoder wants it."""
+        contents: list[int] = []
+        pixels: list[Tensor] = []
+        token_ids: list[list[int]] = []
+        for request, data in loaded:
+            assembler.fail(request.part, {request.contents[at]: why for at, why in data.failures.items()})
+            contents += [request.contents[at] for at in data.readable]
+            pixels += [] if data.pixels is None else [data.pixels]
+            token_ids += data.token_ids
+            if not request.ends_batch:
+                continue
+            if self.modality == "text":
+                yield from self._text_batches(request.part, contents, token_ids)
+            elif contents:
+                tokens = self.encoder.pad(token_ids) if self.modality == "fused" else None
+                yield _Batch(request.part, contents, torch.cat(pixels), tokens)
+            contents, pixels, token_ids = [], [], []
+
+    def _text_batches(self, part: int, contents: list[int], token_ids: list[list[int]]) -> Iterator[_Batch]:
+        """Texts of like length together, so that little of a batch is padding."""
+        order = sorted(range(len(contents)), key=lambda at: len(token_ids[at]))
+        for start in range(0, len(order), self.batch_size):
+            some = order[start : start + self.batch_size]
+            tokens = self.encoder.pad([token_ids[at] for at in some])
+            yield _Batch(part, [contents[at] for at in some], None, tokens)
+
+    def _launch(self, batch: _Batch) -> _InFlight:
+        """Hand a batch to the encoder; on a GPU this returns before it is done."""
+        precision = getattr(torch, self.config.precision)
+        with torch.autocast(self.device.type, precision, enabled=self.config.precision != "float32"):
+            vectors = self._forward(_move(batch.pixels, self.device), _move(batch.tokens, self.device))
+        if vectors.shape != (len(batch.contents), self.empty.shape[1]):
+            raise EncoderError(
+                f"encoder {self.encoder.info.spec!r} gave {self.modality} vectors of shape "
+                f"{tuple(vectors.shape)}, expected {(len(batch.contents), self.empty.shape[1])} as its info "
+                "says; correct `dims` in its info."
+            )
+        stored = vectors.to(getattr(torch, self.config.dtype))
+        if self.device.type != "cuda":
+            return _InFlight(batch, stored.cpu(), None)
+        host = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True)
+        host.copy_(stored, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types here
+        done.record(torch.cuda.current_stream(self.device))
+        return _InFlight(batch, host, done)
+
+    def _forward(self, pixels: Tensor | None, tokens: Tensor | None) -> Tensor:
+        if tokens is None and pixels is not None:
+            return self.encoder.encode_images(pixels)
+        if pixels is None and tokens is not None:
+            return self.encoder.encode_texts(tokens)
+        if pixels is None or tokens is None:
+            raise ValueError("a batch has neither pictures nor texts")
+        return self.encoder.encode_pairs(pixels, tokens)
+
+    def _land(self, assembler: Assembler) -> None:
+        """Take over the oldest batch that was launched."""
+        flight = self._in_flight.popleft()
+        if flight.done is not None:
+            flight.done.synchronize()
+        vectors: Vectors = flight.host.numpy()
+        batch = flight.batch
+        rows = self.plan.rows_of_content
+        check_finite([self.plan.contents.item_ids[rows[content][0]] for content in batch.contents], vectors)
+        self.n_encoded += len(batch.contents)
+        assembler.add(batch.part, batch.contents, vectors)
+
+
+def _move(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """To the encoder's device; to a GPU by way of pinned memory, so that the copy runs beside the model."""
+    if tensor is None or device.type != "cuda":
+        return tensor if tensor is None else tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def evaluating(encoder: Encoder) -> Iterator[None]:
+    """Have an encoder in evaluation mode for a while (no dropout), then each of its modules as it was."""
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
