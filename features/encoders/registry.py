@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from features.encoders import controls
+from features.encoders import clip, controls, tiny
 from features.encoders.base import Encoder, EncoderInfo, digest_json
 from features.errors import EncoderError
 
@@ -34,6 +34,8 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "tiny": Family("tiny", tiny.describe_tiny, tiny.load_tiny),
+    "open_clip": Family("open_clip/ViT-B-32:openai", clip.describe_clip, clip.load_clip),
     "random": Family("random:64:0", controls.describe_control, controls.load_control),
     "constant": Family("constant:64", controls.describe_control, controls.load_control),
 }
