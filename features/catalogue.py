@@ -243,8 +243,8 @@ def _text_column(items: pl.DataFrame, name: str) -> Sequence[str | None]:
     """One field of all items as plain strings; the strings of a list are joined by commas."""
     known = [
         column
-        for column, dtype in items.schema.items()
-        if dtype in {pl.String, pl.List(pl.String), pl.Null, pl.Categorical} or isinstance(dtype, pl.Enum)
+        for column, dtype in items.drop("image", "image_hash").schema.items()
+        if dtype in {pl.String, pl.List(pl.String), pl.Null} or isinstance(dtype, pl.Categorical | pl.Enum)
     ]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
