@@ -345,7 +345,7 @@ def _optimizer(model: Recommender, config: TrainingConfig) -> torch.optim.Optimi
 
 def _largest_row(table: Tensor) -> float:
     """Return the length of the longest row of a matrix, or of a vector."""
-    return float(table.detach().reshape(len(table), -1).float().norm(dim=1).max())
+    return float(table.detach().reshape(len(table), -1).double().norm(dim=1).max())
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -73,7 +73,7 @@ class Recommender(nn.Module, ABC):
     @torch.no_grad()
     def scorer(self, features: FeatureTable) -> Scorer:
         """Do all work that does not depend on the user once, and return what scores blocks of users."""
-        users, items = self(features)
+        users, items = (embeddings.detach() for embeddings in self(features))
         return lambda rows: users[rows] @ items.T
 
 

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from recommenders.graphs import cosine_neighbours, mean_propagation, user_item_adjacency
+from tests.references.plain_item_knn import nearest
+from tests.references.plain_lightgcn import propagate
+from tests.worlds import interactions_of, random_world
+
+
+def test_adjacency_holds_one_over_the_root_of_both_degrees() -> None:
+    train = interactions_of([(0, 0), (0, 1), (1, 1)], n_users=3, n_items=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adjacency = user_item_adjacency(train)
+    half, root = 0.5, 0.5**0.5
+    expected = [
+        [0, 0, 0, root, half],
+        [0, 0, 0, 0, root],
+        [0, 0, 0, 0, 0],
+        [root, 0, 0, 0, 0],
+        [half, root, 0, 0, 0],
+    ]
+    torch.testing.assert_close(adjacency.to_dense(), torch.tensor(expected))
+    assert adjacency.layout == torch.sparse_csr
+    assert adjacency.col_indices().dtype == torch.int32
+
+
+def test_repeated_pairs_are_one_edge() -> None:
+    once = interactions_of([(0, 0), (0, 1), (1, 1)], n_users=2, n_items=2)
+    twice = interactions_of([(1, 1), (0, 0), (0, 1), (0, 1)], n_users=2, n_items=2)
+    assert torch.equal(user_item_adjacency(once).to_dense(), user_item_adjacency(twice).to_dense())
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 3])
+def test_propagation_is_the_mean_over_layers(n_layers: int) -> None:
+    train = random_world(n_users=6, n_items=8).split.train
+    embeddings = torch.randn(14, 5, generator=torch.Generator().manual_seed(0))
+    found = mean_propagation(user_item_adjacency(train), embeddings, n_layers)
+    pairs = list(zip(train.user_rows, train.item_rows, strict=True))
+    expected = propagate(pairs, 6, embeddings.double().numpy(), n_layers)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_propagation_is_exact_and_can_be_taken_twice() -> None:
+    adjacency = user_item_adjacency(random_world(n_users=4, n_items=5).split.train).double()
+    embeddings = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
+
+    def smooth(x: torch.Tensor) -> torch.Tensor:
+        return mean_propagation(adjacency, x, 3)
+
+    assert torch.autograd.gradcheck(smooth, embeddings)
+    assert torch.autograd.gradgradcheck(smooth, embeddings)
+
+
+@pytest.mark.parametrize("block_rows", [0, 1, 4, 11, 100])
+def test_neighbours_match_the_plain_loop_whatever_the_block(block_rows: int) -> None:
+    vectors = torch.randn(11, 4, generator=torch.Generator().manual_seed(1))
+    neighbours, similarities = cosine_neighbours(vectors, 3, block_rows)
+    for item in range(11):
+        expected = nearest(vectors.double().numpy(), item, 3)
+        assert neighbours[item].tolist() == [j for j, _ in expected]
+        np.testing.assert_allclose(similarities[item], [value for _, value in expected], rtol=1e-5)
+
+
+def test_an_item_is_not_its_own_neighbour_even_among_copies_of_itself() -> None:
+    neighbours, similarities = cosine_neighbours(torch.ones(5, 3), 2)
+    assert (neighbours != torch.arange(5)[:, None]).all()
+    torch.testing.assert_close(similarities, torch.ones(5, 2))
+
+
+@pytest.mark.parametrize(("n_items", "expected_k"), [(1, 0), (3, 2)])
+def test_lists_are_as_long_as_there_are_other_items(n_items: int, expected_k: int) -> None:
+    neighbours, similarities = cosine_neighbours(torch.randn(n_items, 3), 10)
+    assert neighbours.shape == similarities.shape == (n_items, expected_k)
+
+
+def test_a_row_of_zeros_has_cosine_zero_with_every_row() -> None:
+    vectors = torch.randn(6, 3)
+    vectors[2] = 0
+    _, similarities = cosine_neighbours(vectors, 5)
+    assert similarities[2].abs().max() == 0
+    assert similarities.isfinite().all()
