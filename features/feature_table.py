@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 import torch
@@ -62,7 +63,7 @@ class FeatureSet:
             raise FeatureFileError("a feature set without parts cannot be read; extract it again.")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             opened = pool.map(lambda path: _open(path, verify=verify), paths)
-            parts, tables = zip(*opened, strict=True)
+            parts, ids, codes = zip(*opened, strict=True)
             _check_alike(parts)
             starts = [0, *itertools.accumulate(part.n_rows for part in parts)]
             # NumPy asks for huge pages where torch does not: first touch is then three times faster.
@@ -71,7 +72,9 @@ class FeatureSet:
                 pool.submit(part.read_into, vectors[start : start + part.n_rows])
                 for part, start in zip(parts, starts[:-1], strict=True)
             ]
-            item_ids, status = _ids_and_status(tables)  # while the vectors are read
+            # The rest is done while the vectors are read.
+            item_ids = pl.Series("item_id", pa.concat_arrays(ids))
+            status = pl.Series("status", np.concatenate(codes).view(np.uint8)).cat.to(StatusType)
             _check_unique(item_ids, parts, starts)
             for read in reads:
                 read.result()
@@ -129,19 +132,9 @@ def _check_alike(parts: Sequence[PartFile]) -> None:
             )
 
 
-def _open(path: Path, *, verify: bool) -> tuple[PartFile, pa.Table]:
+def _open(path: Path, *, verify: bool) -> tuple[PartFile, pa.Array, npt.NDArray[np.int8]]:
     part = PartFile(path, verify=verify)
-    return part, part.columns(("item_id", "status"))
-
-
-def _ids_and_status(tables: Sequence[pa.Table]) -> tuple[pl.Series, pl.Series]:
-    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables]).unify_dictionaries()
-    item_ids = pl.Series("item_id", table["item_id"].combine_chunks())
-    status = table["status"].combine_chunks()
-    if status.dictionary.to_pylist() == list(STATUSES):  # as we write it: its codes are the type's own
-        codes = pl.Series("status", status.indices.to_numpy(zero_copy_only=False), dtype=pl.UInt8)
-        return item_ids, codes.cat.to(StatusType)
-    return item_ids, pl.Series("status", status.cast(pa.string())).cast(StatusType)
+    return part, *part.ids_and_codes()
 
 
 def _check_unique(item_ids: pl.Series, parts: Sequence[PartFile], starts: Sequence[int]) -> None:

@@ -164,7 +164,8 @@ def _as_damaged(path: Path) -> Iterator[None]:
     except FeatureFileError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
-        what = "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        cause = " ".join(str(error).split())
+        what = "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({cause})"
         raise FeatureFileError(
             f"the feature file {path} {what}; expected a whole part; run `tandem verify` on its artefact, "
             "and extract again."
@@ -224,6 +225,18 @@ class PartFile:
         """Some of the columns, whole, in this thread."""
         with _as_damaged(self.path):
             return self._file.read(columns=list(names), use_threads=False)
+
+    def ids_and_codes(self) -> tuple[pa.Array, npt.NDArray[np.int8]]:
+        """The rows' ids, and their statuses as positions in `STATUSES`."""
+        table = self.columns(("item_id", "status"))
+        with _as_damaged(self.path):
+            status = table["status"].combine_chunks()
+            if not pa.types.is_dictionary(status.type):
+                status = status.dictionary_encode()
+            # As we write it the dictionary is STATUSES, and this maps 0 to 0, 1 to 1, 2 to 2.
+            code_of = np.array([STATUSES.index(name) for name in status.dictionary.to_pylist()], np.int8)
+            indices: npt.NDArray[np.int8] = status.indices.to_numpy(zero_copy_only=False)
+            return table["item_id"].combine_chunks(), code_of[indices]
 
     @cached_property
     def vectors_offset(self) -> int | None:
