@@ -19,8 +19,8 @@ IMAGE_DECODING_VERSION = 1
 """Part of every encoder's preprocessing digest: raise it when `open_image` gives other pixels."""
 
 Image.init()  # registers the formats beside the five that Pillow always knows
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""What is opened. Pillow knows more, some of which start other programs (EPS) or are no pictures."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+"""What is opened. Of Pillow's others some start programs (EPS), or decode half a file (JPEG 2000)."""
 
 _PILLOW_REFUSES_ABOVE_PIXELS = 178_956_970
 """Twice Pillow's own `MAX_IMAGE_PIXELS`: from here on Pillow raises, whatever our limit says."""
@@ -75,11 +75,18 @@ def open_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
         raise UnreadableImage("the file is empty (0 bytes)")
     if len(data) > limits.max_bytes:
         raise UnreadableImage(f"the file has {len(data):,} bytes; at most {limits.max_bytes:,} are read")
+    image = _decode(data, limits)
+    return _upright(_to_rgb(image), _orientation(image))
+
+
+def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
+    """The first frame as it is stored, whole."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(image, limits)
         image.load()
-        return _upright(_to_rgb(image), _orientation(image))
+    except UnreadableImage:
+        raise
     except UnidentifiedImageError:
         raise UnreadableImage(_what_it_is(data)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -88,18 +95,9 @@ def open_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
         ) from None
     except MemoryError:
         raise UnreadableImage("decoding it takes more memory than there is") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        EOFError,
-        OverflowError,
-    ) as error:
-        # Pillow's decoders raise all of these for damaged files.
+    except Exception as error:  # Pillow's decoders raise whatever damaged bytes provoke
         raise UnreadableImage(f"truncated or damaged: {_first_line(error)}") from error
+    return image
 
 
 def read_picture(image_root: str, path: str, limits: ImageLimits | None = None) -> bytes:
@@ -167,7 +165,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return opaque.convert("RGB")
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_grey(image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    try:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ValueError:  # LAB: Pillow knows it, but not the way from there
+        raise UnreadableImage(
+            f"its colours are {image.mode}, which is not converted; save it as RGB"
+        ) from None
 
 
 def _deep_grey(image: Image.Image) -> Image.Image:

@@ -115,7 +115,7 @@ def load_clip(spec: str) -> Encoder:
     source = resolve_clip(spec)
     info = _describe(source)
     model = build_clip(source.model)
-    load_weights(model, source.weights, source.name)
+    load_weights(model, source.weights, source.spec)
     return ClipEncoder(info, model, source.pixels, _tokenizer(source))
 
 

@@ -97,7 +97,7 @@ def _damaged(path: Path, error: Exception) -> EncoderError:
     )
 
 
-def load_weights(model: nn.Module, path: Path, architecture: str) -> None:
+def load_weights(model: nn.Module, path: Path, spec: str) -> None:
     """Put the weights of a file into a model built by open_clip; every tensor must have its place.
 
     Unlike open_clip's loader this one does not stretch position embeddings that belong to another picture
@@ -128,7 +128,7 @@ def load_weights(model: nn.Module, path: Path, architecture: str) -> None:
             f"they have the shapes of {', '.join(fits)}" if fits else "name the architecture they belong to"
         )
         raise EncoderError(
-            f"the weights file {str(path)!r} does not fit {architecture}: {'; '.join(misfits)}; {hint}."
+            f"the weights file {str(path)!r} does not fit encoder {spec!r}: {'; '.join(misfits)}; {hint}."
         )
     model.load_state_dict(weights)
 

@@ -159,7 +159,7 @@ def load_tiny(spec: str) -> ClipEncoder:
     info = describe_tiny(spec)
     config = _read_config(folder)
     model = build_clip(config["model_cfg"])
-    load_weights(model, folder / WEIGHTS_FILE, info.name)
+    load_weights(model, folder / WEIGHTS_FILE, spec)
     tokenizer = Tokenizer.from_str((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
     tokenizer.encode_special_tokens = True
     return ClipEncoder(info, model, _pixels(config), TinyTokenizer(tokenizer, info.context_length))
