@@ -56,7 +56,10 @@ class Plan:
                 rows_of_content.append([])
             rows_of_content[number].append(row)
             content_of_row[row] = number
-        first_content.append(len(numbers))
+        first_content = [
+            *(first_content or [0]),
+            len(numbers),
+        ]  # no rows still make a part: it says D and type
         places = known.find(list(numbers)) if known is not None else np.full(len(numbers), -1, np.int64)
         return cls(contents, rows_per_part, content_of_row, rows_of_content, first_content, places)
 
