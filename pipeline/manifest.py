@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
@@ -116,9 +115,9 @@ def safe_file_name(name: str) -> str:
     Raises:
         ValueError: It is absolute, climbs with "..", hides with a leading dot, or is not in shortest form.
     """
-    path = PurePosixPath(name)
-    plain = bool(name) and path.as_posix() == name and not path.is_absolute()
-    if not plain or "\\" in name or "\0" in name or ":" in name or any(p.startswith(".") for p in path.parts):
+    parts = name.split("/")
+    hidden_or_empty = any(not part or part.startswith(".") for part in parts)  # "/x", "a//b", "..", ".x"
+    if hidden_or_empty or any(character in name for character in "\\\0:"):
         raise ValueError(f"{name!r} is not a plain file name inside the artefact's folder")
     return name
 

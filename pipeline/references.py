@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from pipeline.errors import StoreError
-from pipeline.manifest import KINDS, SHORT_KEY_LENGTH, Kind
+from pipeline.manifest import KINDS, SHORT_KEY_LENGTH, Kind, decode_manifest
 from pipeline.naming import MIN_PREFIX_LENGTH, read_name, read_names
 from pipeline.shelf import Shelf
 
@@ -32,7 +32,7 @@ def folders_with_key(shelf: Shelf, kind: Kind, key: str) -> list[str]:
 
 
 def locate(shelf: Shelf, ref: str, kind: Kind | None) -> Location:
-    """Find what a reference means, without reading a manifest.
+    """Find what a reference means, without reading a manifest where the names of folders can tell.
 
     Args:
         shelf: Where to look.
@@ -51,6 +51,8 @@ def locate(shelf: Shelf, ref: str, kind: Kind | None) -> Location:
     typed: Kind | None = next((each for each in KINDS if each == prefix), None)
     found = _by_name(shelf, word) or _by_folder_or_key(shelf, word, typed)
     fitting = [each for each in found if typed in (None, each.kind) and kind in (None, each.kind)]
+    if len(fitting) > 1:  # the name of a folder holds the beginning of a key only
+        fitting = [each for each in fitting if _may_hold(shelf, each)]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -87,6 +89,18 @@ def _by_folder_or_key(shelf: Shelf, word: str, typed: Kind | None) -> list[Locat
             elif is_prefix and short_key.startswith(word[:SHORT_KEY_LENGTH]):
                 found.append(Location(kind, folder, word))
     return found
+
+
+def _may_hold(shelf: Shelf, place: Location) -> bool:
+    """Say whether a folder's manifest agrees with the key that was asked for; a damaged one may."""
+    data = shelf.read_manifest(place.kind, place.folder)
+    if data is None:
+        return False
+    try:
+        manifest = decode_manifest(data, shelf.address(place.kind, place.folder), place.kind, place.folder)
+    except StoreError:
+        return True
+    return manifest.key.startswith(place.key_prefix)
 
 
 def _near(shelf: Shelf, word: str, kind: Kind | None) -> str:

@@ -261,7 +261,8 @@ class Store:
             places = [(kind, folder) for kind in KINDS for folder in self._shelf.folders(kind)]
             found = {}
             for number, (kind, folder) in enumerate(places, start=1):
-                found[f"{kind}/{folder}"] = verify_folder(self._shelf, kind, folder)
+                if self._shelf.read_manifest(kind, folder) is not None:  # else it is no artefact (yet)
+                    found[f"{kind}/{folder}"] = verify_folder(self._shelf, kind, folder)
                 if progress is not None:
                     progress(number, len(places))
             for name, pointer in self.names().items():
