@@ -212,9 +212,9 @@ def test_listening_to_the_network_needs_a_password(
     parts: dict[str, str], port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"host is '0.0.0.0': .* PREFECT_SERVER_API_AUTH_STRING"):
-        serve(ServerConfig(store="shop", host="0.0.0.0", port=port), [].append)
+        serve(ServerConfig(store="shop", host="0.0.0.0", port=port), [].append)  # noqa: S104 - refused
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "user:password")
-    server._check_host("0.0.0.0")
+    server._check_host("0.0.0.0")  # noqa: S104 - not bound
 
 
 def test_a_second_server_for_one_store_is_refused_with_the_address_of_the_first(

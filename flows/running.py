@@ -1,0 +1,70 @@
+"""``tandem run``: a configuration as a flow, on the server that is up or on one that lives during the run.
+
+Nothing here imports prefect before its environment is set; import this module, not the flow's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from flows.environment import client_environment
+from flows.places import running_server, state_home
+from pipeline.progress import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.store import Store
+    from pipeline.two_stage import TwoStageResult
+
+
+def run_two_stage_with_prefect(
+    config: RunConfig, store: Store, *, force: bool = False, reporter: Reporter = SILENT
+) -> TwoStageResult:
+    """Run a configuration as the flow ``two-stage`` in this process.
+
+    Args:
+        config: What to make.
+        store: Where it is kept.
+        force: Make every artefact again.
+        reporter: Shown what the stages say, and each stage's line as it ends.
+
+    Returns:
+        What ``pipeline.two_stage.run_two_stage`` returns.
+
+    Raises:
+        PipelineError, FeatureError, RecommenderError: As the stages raise them.
+    """
+    if "prefect" not in sys.modules:  # else somebody chose the server already
+        _choose_server(store.url, reporter)
+    from flows.reporting import TERMINAL  # noqa: PLC0415 - after the environment is set
+    from flows.tasks import value_of  # noqa: PLC0415
+    from flows.two_stage import two_stage_flow  # noqa: PLC0415
+
+    token = TERMINAL.set(reporter)
+    try:
+        return value_of(two_stage_flow(config, store=store.url, force=force, return_state=True))
+    finally:
+        TERMINAL.reset(token)
+
+
+def _choose_server(store: str, reporter: Reporter) -> None:
+    """Set the environment for the server that answers, else for a temporary one with the same database."""
+    named = os.environ.get("PREFECT_API_URL", "")
+    api_url = running_server(store)
+    home = state_home(store)
+    home.mkdir(parents=True, exist_ok=True)
+    if api_url:
+        reporter.say(f"Prefect: {api_url.removesuffix('/api')} shows this run")
+    else:
+        silent = f"{named} does not answer; " if named else ""
+        reporter.say(
+            f"Prefect: {silent}a temporary server starts (10 to 30 s; "
+            "`tandem up` keeps one, --no-prefect needs none)"
+        )
+    os.environ.pop("PREFECT_API_URL", None)
+    os.environ.update(client_environment(home, api_url))
+    # The terminal shows the stages' own words; the run's log, with Prefect's, is in the UI.
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
