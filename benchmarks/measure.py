@@ -1,4 +1,4 @@
-"""What every benchmark needs: memory of this process and its children, the machine in words, a result file."""
+"""What every benchmark needs: memory of a process and its children, the machine in words, a result file."""
 
 import json
 import os
@@ -51,7 +51,14 @@ def resident_bytes() -> int:
 
 
 class PeakMemory:
-    """Highest resident memory while the block runs, looked at every 5 ms."""
+    """Highest resident memory of this process and its children while the block runs.
+
+    Args:
+        interval_s: Time between two looks. Each takes a millisecond of a core.
+    """
+
+    def __init__(self, interval_s: float = 0.1) -> None:
+        self.interval_s = interval_s
 
     def __enter__(self) -> "PeakMemory":
         self.before = self.peak = resident_bytes()
@@ -61,7 +68,7 @@ class PeakMemory:
         return self
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.005):
+        while not self._stop.wait(self.interval_s):
             self.peak = max(self.peak, resident_bytes())
 
     def __exit__(
