@@ -81,7 +81,7 @@ def _run(config: RunConfig, *, prefect: bool, store: str, force: bool, json: boo
     opened = open_store(store)
     say = out.reporter.say
     if prefect:
-        from flows.two_stage import run_two_stage_with_prefect
+        from flows.running import run_two_stage_with_prefect
 
         result = run_two_stage_with_prefect(config, opened, force=force, reporter=out.reporter)
     else:
@@ -115,7 +115,11 @@ def up(
 
     out = Output(as_json=json)
     opened = open_store(store)
-    serve(ServerConfig(host=host, port=port, store=opened.url), out.reporter.say)
+    config = ServerConfig(host=host, port=port, store=opened.url)
+    if json:  # one document once runs can be started; what happens besides goes to standard error
+        serve(config, on_ready=lambda record: out.show(record.model_dump(mode="json")))
+    else:
+        serve(config, out.reporter.say)
 
 
 @app.command(rich_help_panel=WHOLE)
@@ -126,7 +130,7 @@ def doctor(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None
 
     out = Output(as_json=json)
     findings = examine(store)
-    findings["prefect"] = prefect_status()
+    findings["prefect"] = prefect_status(store)
     lines = [f"{topic:<10} {finding}" for topic, finding in findings.items()]
     out.show(findings, "\n".join(lines))
 

@@ -54,15 +54,15 @@ def list_(
     rows = [
         (
             artefact.ref,
-            ", ".join(names.get(artefact.key, [])),
             human_bytes(artefact.manifest.bytes),
             f"{artefact.manifest.seconds:.1f} s",
-            artefact.manifest.created_at.strftime("%Y-%m-%d %H:%M"),
+            artefact.manifest.created_at.strftime("%m-%d %H:%M"),
+            ", ".join(names.get(artefact.key, [])),
         )
         for artefact in found
     ]
     Output(as_json=json).show(
-        documents, table(opened.url, ("artefact", "names", "size", "took", "made (UTC)"), rows)
+        documents, table(opened.url, ("artefact", "size", "took", "made (UTC)", "names"), rows)
     )
 
 

@@ -51,13 +51,15 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self.console = Console()
+        # Piped to a file or a pager there is no width to fit: a wrapped reference could not be copied.
+        self.console = Console() if sys.stdout.isatty() else Console(width=200)
         self.reporter: Reporter = SILENT if as_json else RichReporter(Console(stderr=True))
 
     def show(self, document: Mapping[str, Any] | Sequence[Any], text: str | Table | None = None) -> None:
         """Print the document as JSON for a program, else the text (or the document's pairs) for a person."""
         if self.as_json:
             sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+            sys.stdout.flush()
         elif isinstance(text, Table):
             self.console.print(text)
         elif text is not None:
@@ -81,7 +83,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     """Make a plain table that fits a terminal."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        made.add_column(column, overflow="fold", no_wrap=number == 0)
+        made.add_column(column, overflow="fold", no_wrap=number < len(columns) - 1)
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     return made

@@ -43,7 +43,7 @@ class SilentReporter:
         yield _ignore
 
 
-def _ignore(done: int, total: int) -> None:  # noqa: ARG001 - a Progress that goes nowhere
+def _ignore(done: int, total: int) -> None:
     """Drop the figures."""
 
 

@@ -187,7 +187,7 @@ def write_recommendations(
     dataset = read_dataset(store.get(_input_key(artefact, "dataset"), "dataset"))
     rows = _user_rows(dataset.user_ids, users)
     split = dataset.split
-    seen = [split.train] if exclude == "train" else [split.train, split.valid, split.test]
+    seen = split.train if exclude == "train" else split.train.plus(split.valid).plus(split.test)
     reporter.say(f"  ranking {split.n_items:,} items for {len(rows):,} users")
     items, scores = recommend_top_k(restore_scorer(store, artefact), rows, min(k, split.n_items), seen)
     kept = items >= 0

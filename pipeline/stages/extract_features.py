@@ -97,9 +97,8 @@ def extract_features(
                 text=config.text,
                 known=known,
                 progress=progress,
+                say=lambda note: reporter.say(f"  {note}"),
             )
-        for note in report.notes:
-            reporter.say(f"  {note}")
         facts = json.loads(json.dumps(asdict(report)))
         draft.record(**facts, recipe=recipe, summary=_summary(facts))
 

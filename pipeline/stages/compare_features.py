@@ -1,0 +1,104 @@
+"""Stage: runs in, one comparison out: means, intervals, paired tests, floors and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from pipeline.comparison.config import ComparisonConfig
+from pipeline.comparison.records import RunRecord
+from pipeline.comparison.render import to_markdown
+from pipeline.comparison.tables import compare_runs
+from pipeline.progress import SILENT, Reporter
+from pipeline.stages.result import StageResult
+
+if TYPE_CHECKING:
+    from pydantic import JsonValue
+
+    from pipeline.store import Artefact, Draft, Store
+
+MARKDOWN_FILE = "comparison.md"
+COSTS = ("train_seconds", "evaluate_seconds", "feature_seconds", "feature_bytes", "peak_memory_bytes")
+
+
+def compare_features(
+    store: Store,
+    runs: Sequence[str],
+    config: ComparisonConfig,
+    *,
+    reporter: Reporter = SILENT,
+    force: bool = False,
+) -> StageResult:
+    """Compare runs of one dataset and split.
+
+    Args:
+        store: Where the runs lie.
+        runs: Names, keys or folders of run artefacts; one named twice counts once.
+        config: Which metrics, which tests.
+        reporter: Told what is compared.
+        force: Compare again although the store has it.
+
+    Raises:
+        ConfigError: The runs do not belong in one table.
+    """
+    artefacts = list({artefact.key: artefact for artefact in (store.get(run, "run") for run in runs)}.values())
+
+    def make(draft: Draft) -> None:
+        reporter.say(f"  comparing {len(artefacts)} runs")
+        comparison = compare_runs([read_record(artefact) for artefact in artefacts], config)
+        comparison.write(draft.folder)
+        draft.path(MARKDOWN_FILE).write_text(to_markdown(comparison), encoding="utf-8")
+        best = comparison.best
+        draft.record(
+            missing_floors=list(comparison.missing_floors),
+            split_fingerprint=comparison.split_fingerprint,
+            summary={
+                "runs": len(artefacts),
+                "best on validation": best.label,
+                f"test {config.metric}": best.test[config.metric].mean,
+                "controlled": not comparison.missing_floors,
+            },
+        )
+
+    keys: list[JsonValue] = sorted(artefact.key for artefact in artefacts)
+    outcome = store.produce(
+        "comparison",
+        slug=f"{config.metric}-of-{len(artefacts)}-runs",
+        identity={"runs": keys, "config": config.model_dump(mode="json")},
+        inputs=[artefact.as_input("run") for artefact in artefacts],
+        parameters=config.model_dump(mode="json"),
+        make=make,
+        force=force,
+    )
+    return StageResult.of(outcome)
+
+
+def read_record(run: Artefact) -> RunRecord:
+    """Read what a comparison needs of a run artefact."""
+    shown = run.manifest.parameters
+    metrics = pl.read_parquet(run.path("metrics.parquet"))
+
+    def part(name: str) -> dict[str, float]:
+        return dict(metrics.filter(pl.col("part") == name).select("metric", "value").iter_rows())
+
+    evaluation = _section(shown["evaluation"])
+    return RunRecord(
+        label=run.ref,
+        model=str(shown["model"]),
+        feature_set=str(shown["feature_set"]),
+        seed=int(str(shown["seed"])),
+        dataset=str(shown["dataset"]),
+        split_fingerprint=str(shown["split_fingerprint"]),
+        settings={name: shown[name] for name in ("settings", "training", "reading") if name in shown},
+        valid=part("valid"),
+        test=part("test"),
+        per_user=pl.read_parquet(run.path("per_user.parquet")),
+        evaluation={name: value for name, value in evaluation.items() if not name.startswith("block_")},
+        facts={name: float(str(value)) for name, value in run.manifest.facts.items() if name in COSTS},
+    )
+
+
+def _section(value: JsonValue) -> dict[str, JsonValue]:
+    return value if isinstance(value, dict) else {}
