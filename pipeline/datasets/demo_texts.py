@@ -42,7 +42,7 @@ USES: Final = (
 LOOKS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "shape": (
         ("disc", "round"),
-        ("square", "box shape"),
+        ("square", "four-sided"),
         ("triangle", "triangular"),
         ("star", "star shaped"),
         ("heart", "heart shaped"),
