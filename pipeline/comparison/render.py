@@ -13,13 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.comparison.pairs import Pair
+from pipeline.comparison.parquet import COMPARISON_FILE, PAIRS_FILE, pairs_frame, rows_frame
 from pipeline.comparison.records import NO_FEATURES
 from pipeline.comparison.rows import Row, Spread, is_control
 from pipeline.comparison.tables import Comparison
 from recommenders.significance import Interval
 
-COMPARISON_FILE = "comparison.parquet"
-PAIRS_FILE = "pairs.parquet"
 MARKDOWN_FILE = "comparison.md"
 UNKNOWN = "–"
 KEY_SHOWN = 12
@@ -27,8 +26,8 @@ KEY_SHOWN = 12
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Write both tables as Parquet and the whole as Markdown into a folder."""
-    comparison.frame().write_parquet(folder / COMPARISON_FILE)
-    comparison.pairs_frame().write_parquet(folder / PAIRS_FILE)
+    rows_frame(comparison).write_parquet(folder / COMPARISON_FILE)
+    pairs_frame(comparison).write_parquet(folder / PAIRS_FILE)
     (folder / MARKDOWN_FILE).write_text(to_markdown(comparison), encoding="utf-8")
 
 
