@@ -20,6 +20,7 @@ from pipeline.device import DeviceChoice
 from pipeline.errors import ConfigError
 from pipeline.reading import ReadingConfig
 from recommenders.evaluation import EvaluationConfig
+from recommenders.metrics import metric_names
 from recommenders.models.registry import MODELS, model_config
 from recommenders.training import TrainingConfig
 
@@ -88,6 +89,26 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="One run of each recommender a seed.")
     device: DeviceChoice = Field("auto", description="`auto` takes the GPU where there is one.")
     comparison: ComparisonConfig = Field(default_factory=ComparisonConfig)
+
+    @model_validator(mode="after")
+    def _measured(self) -> RunConfig:
+        """Refuse a metric that nobody will measure before hours of training, not after them."""
+        of_users = metric_names(self.evaluation.ks)
+        known = [*of_users, *(f"coverage@{k}" for k in self.evaluation.ks)]
+        wanted = {
+            "training.monitor": ([self.training.monitor], of_users),
+            "comparison.metric": ([self.comparison.metric], of_users),
+            "comparison.more_metrics": (list(self.comparison.more_metrics), known),
+        }
+        for place, (metrics, allowed) in wanted.items():
+            for metric in metrics:
+                if metric not in allowed:
+                    near = difflib.get_close_matches(metric, allowed, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(allowed)}."
+                    raise ValueError(
+                        f"{place}: {metric!r} is not measured at evaluation.ks {self.evaluation.ks}; {hint}"
+                    )
+        return self
 
 
 def load_config(path: Path, config_type: type[ConfigT], overrides: Sequence[str] = ()) -> ConfigT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -210,7 +211,8 @@ def write_recommendations(
     except OSError as error:
         raise ConfigError(f"{output} cannot be written ({error}); name another --output.") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
     return Written(users=len(rows), rows=len(table), file=str(output))
 
 

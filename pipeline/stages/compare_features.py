@@ -9,7 +9,7 @@ import polars as pl
 
 from pipeline.comparison.config import ComparisonConfig
 from pipeline.comparison.records import RunRecord
-from pipeline.comparison.render import to_markdown
+from pipeline.comparison.render import write_comparison
 from pipeline.comparison.tables import compare_runs
 from pipeline.progress import SILENT, Reporter
 from pipeline.stages.result import StageResult
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from pipeline.store import Artefact, Draft, Store
 
-MARKDOWN_FILE = "comparison.md"
 COSTS = ("train_seconds", "evaluate_seconds", "feature_seconds", "feature_bytes", "peak_memory_bytes")
 
 
@@ -43,13 +42,14 @@ def compare_features(
     Raises:
         ConfigError: The runs do not belong in one table.
     """
-    artefacts = list({artefact.key: artefact for artefact in (store.get(run, "run") for run in runs)}.values())
+    artefacts = list(
+        {artefact.key: artefact for artefact in (store.get(run, "run") for run in runs)}.values()
+    )
 
     def make(draft: Draft) -> None:
         reporter.say(f"  comparing {len(artefacts)} runs")
         comparison = compare_runs([read_record(artefact) for artefact in artefacts], config)
-        comparison.write(draft.folder)
-        draft.path(MARKDOWN_FILE).write_text(to_markdown(comparison), encoding="utf-8")
+        write_comparison(comparison, draft.folder)
         best = comparison.best
         draft.record(
             missing_floors=list(comparison.missing_floors),

@@ -6,6 +6,8 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -188,6 +190,7 @@ def _train_and_measure(
     table = read_feature_table(tables, dataset.item_ids, config.reading).to(device)
     init_rng, training_rng = np.random.default_rng(config.seed).spawn(2)
     model = build_model(config.model, config.settings, split.train, table, init_rng).to(device)
+    _forget_peak_memory(device)
     started = time.perf_counter()
     trained = train(
         model,
@@ -258,9 +261,21 @@ def _write_metrics(draft: Draft, valid: Evaluation, test: Evaluation) -> None:
     draft.record(test_users=test.n_users, valid_users=valid.n_users)
 
 
+def _forget_peak_memory(device: torch.device) -> None:
+    """Start to measure the peak anew, so that a run does not answer for those before it in this process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # only Linux can, and not in every container
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: the GPU's peak where there is one, else this process's, everything it did before included."""
+    """Bytes: of tensors on the GPU where there is one, else of this process, its libraries included."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -18,10 +18,14 @@ SMALL_RUN: dict[str, Any] = {
         {"text": "random:8"},
         {"image": "shuffled:random:8", "text": "shuffled:random:8"},
     ],
-    "recommenders": [{"model": "popularity"}, {"model": "itemknn_content"}, {"model": "vbpr", "settings": {"dim": 4}}],
+    "recommenders": [
+        {"model": "popularity"},
+        {"model": "itemknn_content"},
+        {"model": "vbpr", "settings": {"dim": 4}},
+    ],
     "training": {"epochs": 2, "monitor": "recall@5"},
     "evaluation": {"ks": [5, 10]},
-    "comparison": {"metric": "recall@5"},
+    "comparison": {"metric": "recall@5", "more_metrics": ["ndcg@5"]},
     "seeds": [0, 1],
 }
 

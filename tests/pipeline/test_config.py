@@ -69,5 +69,19 @@ def test_an_override_that_is_none_is_refused(override: str) -> None:
         with_overrides({"seeds": [1]}, [override])
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"training": {"monitor": "recall@7"}},
+        {"comparison": {"metric": "recal@20"}},
+        {"comparison": {"more_metrics": ["ndcg@7"]}},
+        {"comparison": {"metric": "coverage@20"}},
+    ],
+)
+def test_a_metric_that_nobody_measures_is_refused_before_the_work(raw: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="is not measured at evaluation.ks"):
+        parse_config(raw, RunConfig)
+
+
 def test_a_feature_set_names_its_encoders_by_modality() -> None:
     assert FeatureSetConfig(image="tiny", text="random").encoders() == {"image": "tiny", "text": "random"}

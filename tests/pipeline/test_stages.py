@@ -47,7 +47,9 @@ def test_the_second_run_reuses_every_stage_and_gives_the_same_artefacts(
 ) -> None:
     again = run_two_stage(small_run(), PlainStages(store))
     assert all(result.reused for result in again.all())
-    assert [result.artefact.key for result in again.all()] == [result.artefact.key for result in finished.all()]
+    assert [result.artefact.key for result in again.all()] == [
+        result.artefact.key for result in finished.all()
+    ]
 
 
 def test_models_run_once_per_feature_set_they_read_and_seed(finished: TwoStageResult) -> None:
@@ -79,11 +81,15 @@ def test_shuffled_features_are_the_same_rows_at_other_items(finished: TwoStageRe
     )
 
 
-def test_another_split_of_the_same_items_reuses_their_features(store: Store, finished: TwoStageResult) -> None:
+def test_another_split_of_the_same_items_reuses_their_features(
+    store: Store, finished: TwoStageResult
+) -> None:
     config = DatasetConfig.model_validate({**SMALL_DATASET, "split": {"rule": "leave_one_out", "seed": 5}})
     other = prepare_dataset(store, config)
     assert other.artefact.key != finished.dataset.artefact.key
-    features = extract_features(store, other.artefact.key, FeaturesConfig(encoder="random:8", modality="image"))
+    features = extract_features(
+        store, other.artefact.key, FeaturesConfig(encoder="random:8", modality="image")
+    )
     assert features.reused
 
 
@@ -100,12 +106,14 @@ def test_the_stored_test_figures_are_the_means_of_the_stored_users(finished: Two
         assert users["recall@5"].mean() == pytest.approx(test["recall@5"])
 
 
-def test_the_comparison_says_that_it_is_controlled_and_by_which_split(finished: TwoStageResult) -> None:
+def test_the_comparison_names_its_split_and_the_floor_that_it_lacks(finished: TwoStageResult) -> None:
     assert finished.comparison is not None
     text = finished.comparison.artefact.path("comparison.md").read_text()
     fingerprint = str(finished.dataset.artefact.manifest.facts["split_fingerprint"])
     assert fingerprint[:12] in text
-    assert finished.comparison.summary["controlled"] is True
+    # Every feature set of the small run is a control, so no content ItemKNN reads features with a meaning.
+    assert "**Uncontrolled**: no floor of content ItemKNN" in text
+    assert finished.comparison.summary["controlled"] is False
 
 
 def test_recommendations_leave_out_what_the_user_has(
@@ -154,7 +162,9 @@ def test_similar_items_by_item_agree_with_plain_cosines(store: Store, finished: 
     query = vectors[table.item_ids.to_list().index("item-00001")]
     cosines = vectors @ query / np.maximum(np.linalg.norm(vectors, axis=1) * np.linalg.norm(query), 1e-9)
     cosines[~table.present.numpy()] = -2
-    expected = [table.item_ids[int(row)] for row in np.argsort(-cosines) if table.item_ids[int(row)] != "item-00001"]
+    expected = [
+        table.item_ids[int(row)] for row in np.argsort(-cosines) if table.item_ids[int(row)] != "item-00001"
+    ]
     hits = similar_items(store, index.artefact.key, Query(item="item-00001"), 5)
     assert [hit.item_id for hit in hits] == expected[:5]
     assert all(hit.title for hit in hits)
@@ -232,7 +242,9 @@ def test_only_the_unreadable_rows_are_encoded_again(tmp_path: Path) -> None:
     whole = (pictures / "3.png").read_bytes()
     (pictures / "3.png").write_bytes(whole[:40])
     ids = [str(number) for number in range(6)]
-    pl.DataFrame({"item_id": ids, "title": ids, "image": [f"{i}.png" for i in ids]}).write_csv(tmp_path / "items.csv")
+    pl.DataFrame({"item_id": ids, "title": ids, "image": [f"{i}.png" for i in ids]}).write_csv(
+        tmp_path / "items.csv"
+    )
     pairs = [(f"u{user}", item) for user in range(4) for item in ids]
     pl.DataFrame(pairs, schema=["user_id", "item_id"], orient="row").write_csv(tmp_path / "pairs.csv")
     tables = {
@@ -257,4 +269,7 @@ def test_only_the_unreadable_rows_are_encoded_again(tmp_path: Path) -> None:
 def test_feature_labels_name_encoders_and_modalities() -> None:
     assert feature_label({}) == "-"
     assert feature_label({"image": "tiny", "text": "tiny"}) == "tiny image+text"
-    assert feature_label({"image": "open_clip/ViT-B-32:openai", "text": "tiny"}) == "ViT-B-32:openai image, tiny text"
+    assert (
+        feature_label({"image": "open_clip/ViT-B-32:openai", "text": "tiny"})
+        == "ViT-B-32:openai image, tiny text"
+    )
