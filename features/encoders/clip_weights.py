@@ -69,16 +69,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Any:
+    if _is_torchscript(path):
+        raise EncoderError(
+            f"the weights file {str(path)!r} is a TorchScript program, which is not run; convert it once: "
+            "torch.save(torch.jit.load(file, 'cpu').state_dict(), 'weights.pt')."
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _READING_ERRORS as error:
-        if _is_torchscript(path):
-            raise EncoderError(
-                f"the weights file {str(path)!r} is a TorchScript program, which is not run; convert it "
-                "once: torch.save(torch.jit.load(file, 'cpu').state_dict(), 'weights.pt')."
-            ) from error
         raise _damaged(path, error) from error
 
 

@@ -7,6 +7,7 @@ Its folder holds `config.json` (open_clip's `model_cfg` and `preprocess_cfg`), `
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ TINY_FOLDER = Path(__file__).parent / "tiny"
 
 CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE = "config.json", "tokenizer.json", "tiny.safetensors"
 
+_MAKE = "make it with `tandem train-tiny`"
+
 VOCABULARY_SIZE = 3072
 """At most; a corpus with fewer byte pairs gives fewer."""
 
@@ -45,21 +48,30 @@ class TinyTokenizer:
     """Byte-level byte pairs: every text can be read, emoji included.
 
     Args:
-        pairs: Made by `train_tiny_tokenizer`; its last ids are start and end: the tower pools the highest.
+        json: What `tokenizer.json` holds; its last ids are start and end, as the tower pools at the highest.
         context_length: Most ids of a text, start and end included.
     """
 
-    pairs: Tokenizer
+    json: str
     context_length: int
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text: start, byte pairs, end; every word gives one, so that later ones are not read."""
+        pairs = read_pairs(self.json)
         room = self.context_length - 2
-        end = self.pairs.get_vocab_size() - 1
+        end = pairs.get_vocab_size() - 1
         start = end - 1
         kept = [" ".join(text[:MAX_TEXT_CHARS].split(maxsplit=room)[:room]) for text in texts]
-        encoded = self.pairs.encode_batch_fast(kept, add_special_tokens=False)
+        encoded = pairs.encode_batch_fast(kept, add_special_tokens=False)
         return [[start, *encoding.ids[:room], end] for encoding in encoded]
+
+
+@lru_cache(maxsize=4)
+def read_pairs(json: str) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, one a process; in its texts "<end>" is letters, not the end."""
+    tokenizer = Tokenizer.from_str(json)
+    tokenizer.encode_special_tokens = True  # not part of the JSON, and lost when pickled
+    return tokenizer
 
 
 def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY_SIZE) -> Tokenizer:
@@ -89,7 +101,6 @@ def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int = VOCABULARY_SIZE
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([_START, _END])  # last: the end of text needs the highest id
-    tokenizer.encode_special_tokens = True  # "<end>" in a text is read as letters
     return tokenizer
 
 
@@ -111,14 +122,20 @@ def build_tiny(tokenizer: Tokenizer, *, seed: int) -> ClipEncoder:
         tokenizer: Of `train_tiny_tokenizer`.
         seed: Of the weights; torch's global generator is left as it was.
     """
-    config = tiny_config(tokenizer.get_vocab_size())
+    settings = tiny_config(tokenizer.get_vocab_size())["model_cfg"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_clip(config["model_cfg"])
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    untrained = digest_json({"untrained": seed})
-    info = _info("tiny:untrained", config, tokenizer.to_str(), untrained, n_parameters)
-    return ClipEncoder(info, model, PIXELS, TinyTokenizer(tokenizer, info.context_length))
+        model = build_clip(settings)
+    pairs = tokenizer.to_str()
+    info = _info(
+        "tiny:untrained",
+        settings,
+        PIXELS,
+        tokenizer=pairs,
+        weights_sha256=digest_json({"untrained": seed}),
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+    return ClipEncoder(info, model, PIXELS, TinyTokenizer(pairs, info.context_length))
 
 
 def save_tiny(encoder: ClipEncoder, folder: Path) -> None:
@@ -130,11 +147,11 @@ def save_tiny(encoder: ClipEncoder, folder: Path) -> None:
     if not isinstance(encoder.tokenizer, TinyTokenizer):
         kind = type(encoder.tokenizer).__name__
         raise TypeError(f"{encoder.info.spec!r} is no tiny: its tokenizer is a {kind}.")
-    pairs = encoder.tokenizer.pairs
+    pairs = encoder.tokenizer.json
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(tiny_config(pairs.get_vocab_size()), indent=2)
+    config = json.dumps(tiny_config(read_pairs(pairs).get_vocab_size()), indent=2)
     (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-    (folder / TOKENIZER_FILE).write_text(pairs.to_str() + "\n", encoding="utf-8")
+    (folder / TOKENIZER_FILE).write_text(pairs + "\n", encoding="utf-8")
     weights = {
         name: tensor.detach().cpu().half().contiguous() for name, tensor in encoder.model.state_dict().items()
     }
@@ -144,9 +161,15 @@ def save_tiny(encoder: ClipEncoder, folder: Path) -> None:
 def describe_tiny(spec: str) -> EncoderInfo:
     """Info of `tiny`, or of `tiny:<folder>` for one trained elsewhere."""
     folder = _folder(spec)
-    weights = folder / WEIGHTS_FILE
-    tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8").strip()
-    return _info(spec, _read_config(folder), tokenizer, digest_file(weights), count_numbers(weights))
+    model, pixels = _read_config(folder)
+    return _info(
+        spec,
+        model,
+        pixels,
+        tokenizer=_read_tokenizer(folder, model),
+        weights_sha256=digest_file(folder / WEIGHTS_FILE),
+        n_parameters=count_numbers(folder / WEIGHTS_FILE),
+    )
 
 
 def load_tiny(spec: str) -> ClipEncoder:
@@ -155,14 +178,14 @@ def load_tiny(spec: str) -> ClipEncoder:
     Raises:
         EncoderError: Files are missing, damaged or do not fit each other.
     """
-    folder = _folder(spec)
     info = describe_tiny(spec)
-    config = _read_config(folder)
-    model = build_clip(config["model_cfg"])
+    folder = _folder(spec)
+    settings, pixels = _read_config(folder)
+    model = build_clip(settings)
     load_weights(model, folder / WEIGHTS_FILE, spec)
-    tokenizer = Tokenizer.from_str((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
-    tokenizer.encode_special_tokens = True
-    return ClipEncoder(info, model, _pixels(config), TinyTokenizer(tokenizer, info.context_length))
+    return ClipEncoder(
+        info, model, pixels, TinyTokenizer(_read_tokenizer(folder, settings), info.context_length)
+    )
 
 
 def _folder(spec: str) -> Path:
@@ -173,36 +196,49 @@ def _folder(spec: str) -> Path:
     folder = Path(typed).expanduser() if typed else TINY_FOLDER
     missing = [name for name in (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE) if not (folder / name).is_file()]
     if missing:
-        raise EncoderError(
-            f"encoder {spec!r}: {str(folder)!r} has no {' and no '.join(missing)}; make it with "
-            "`tandem train-tiny`."
-        )
+        raise EncoderError(f"encoder {spec!r}: {str(folder)!r} has no {' and no '.join(missing)}; {_MAKE}.")
     return folder
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> tuple[dict[str, Any], PixelConfig]:
+    """open_clip's `model_cfg`, and how pictures are prepared."""
+    path = folder / CONFIG_FILE
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        config["model_cfg"]["text_cfg"]["context_length"], _pixels(config)
-    except (ValueError, KeyError, TypeError) as error:
-        raise EncoderError(
-            f"{str(folder / CONFIG_FILE)!r} is no configuration of tiny ({error}); make it with "
-            "`tandem train-tiny`."
-        ) from error
-    return config
+        config = json.loads(path.read_text(encoding="utf-8"))
+        stated = {name: value for name, value in config["preprocess_cfg"].items() if name != "mode"}
+        pixels = PixelConfig(size_px=stated.pop("size"), **stated)
+        model: dict[str, Any] = config["model_cfg"]
+        expected = tiny_config(int(model["text_cfg"]["vocab_size"]))["model_cfg"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EncoderError(f"{str(path)!r} is no configuration of tiny ({error!r}); {_MAKE}.") from error
+    if model.keys() != expected.keys():
+        raise EncoderError(f"{str(path)!r} is no configuration of tiny ({', '.join(model)}); {_MAKE}.")
+    return model, pixels
 
 
-def _pixels(config: dict[str, Any]) -> PixelConfig:
-    stated = {**config["preprocess_cfg"]}
-    stated.pop("mode", None)
-    return PixelConfig(size_px=stated.pop("size"), **stated)
+def _read_tokenizer(folder: Path, model: dict[str, Any]) -> str:
+    """The text of `tokenizer.json`, which must have as many ids as the text tower has embeddings."""
+    path = folder / TOKENIZER_FILE
+    text = path.read_text(encoding="utf-8").strip()
+    expected = model["text_cfg"]["vocab_size"]
+    try:
+        n_ids = read_pairs(text).get_vocab_size()
+    except Exception as error:  # the library raises plain Exception
+        raise EncoderError(f"{str(path)!r} is no tokenizer ({error}); {_MAKE}.") from error
+    if n_ids != expected:
+        raise EncoderError(f"{str(path)!r} has {n_ids} ids, but {CONFIG_FILE} says {expected}; {_MAKE}.")
+    return text
 
 
 def _info(
-    spec: str, config: dict[str, Any], tokenizer: str, weights_sha256: str, n_parameters: int
+    spec: str,
+    model: dict[str, Any],
+    pixels: PixelConfig,
+    *,
+    tokenizer: str,
+    weights_sha256: str,
+    n_parameters: int,
 ) -> EncoderInfo:
-    model = config["model_cfg"]
-    pixels = _pixels(config)
     identity: dict[str, JsonValue] = {"name": "tiny", "sha256": digest_json({"tokenizer": tokenizer})}
     return EncoderInfo(
         spec=spec,
