@@ -121,14 +121,17 @@ def show_result(stage: str, result: StageResult, following: Sequence[NextStep] =
 
 
 def result_rows(result: StageResult) -> list[dict[str, Cell]]:
-    """What a stage's table shows: a run's metrics by part of the data, else the headline numbers."""
-    if result.artefact.kind == "run":
-        import polars as pl  # noqa: PLC0415 - only a run needs it
+    """What a stage's table shows: metrics of a run or of all compared rows, else the headline numbers."""
+    import polars as pl  # noqa: PLC0415 - registering the flows does not need it
 
-        metrics = pl.read_parquet(result.artefact.path("metrics.parquet")).with_columns(
-            pl.col("value").round(6)
-        )
+    artefact = result.artefact
+    if artefact.kind == "run":
+        metrics = pl.read_parquet(artefact.path("metrics.parquet")).with_columns(pl.col("value").round(6))
         return metrics.pivot("part", index="metric", values="value").to_dicts()
+    if artefact.kind == "comparison":
+        rows = pl.read_parquet(artefact.path("comparison.parquet"))
+        figures = [pl.col(name).round(6) for name in ("valid", "test", "test_sd")]
+        return rows.select("row", "metric", "n_seeds", *figures).to_dicts()
     return [{"figure": name, "value": short(value)} for name, value in result.summary.items()]
 
 

@@ -92,6 +92,7 @@ def serve(
                 record = launcher.start()
                 if on_ready is not None:
                     on_ready(record)
+                    sys.stdout.flush()  # a program that reads us must not wait for a full buffer
                 launcher.wait()
             except _Stop:
                 say("stopping: flows, worker, server")

@@ -1,0 +1,212 @@
+"""``tandem up`` as a user starts it: the real server, the real worker, real runs, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.deployments import SERVED
+from flows.places import state_home
+from flows.processes import is_alive
+
+pytestmark = [pytest.mark.prefect, pytest.mark.slow, pytest.mark.xdist_group("prefect")]
+TANDEM = [sys.executable, "-c", "from flows.cli import main; main()"]
+PATIENCE_S = 240.0
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "dataset": {"demo": {"n_items": 40, "n_users": 60}},
+    "feature_sets": [{"image": "random:16", "text": "random:16"}],
+    "recommenders": [{"model": "popularity"}, {"model": "itemknn_content"}],
+    "seeds": [0],
+}
+
+
+@dataclass
+class Up:
+    """A running ``tandem up``."""
+
+    process: subprocess.Popen[bytes]
+    store: Path
+    home: Path
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def words(self) -> str:
+        return self.log.read_text()
+
+    def wait_until_ready(self) -> None:
+        until = time.monotonic() + PATIENCE_S
+        while "ready:   http" not in self.words():
+            assert self.process.poll() is None, self.words()
+            assert time.monotonic() < until, self.words()
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    folder = tmp_path_factory.mktemp("up")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    os.environ["TANDEM_HOME"] = str(folder / "state")
+    store, log = folder / "shop", folder / "up.log"
+    command = [*TANDEM, "up", "--store", str(store), "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+    started = Up(process, store, state_home(str(store)), port, log)
+    try:
+        started.wait_until_ready()
+        yield started
+    finally:
+        os.environ.pop("TANDEM_HOME")
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.fixture
+def client(up: Up) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: f"{up.url}/api"}), get_client(sync_client=True) as found:
+        yield found
+
+
+def start(client: SyncPrefectClient, flow: str, parameters: dict[str, Any]) -> UUID:
+    """What a click on "Run" does."""
+    deployment = client.read_deployment_by_name(f"{flow}/default")
+    return client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+
+
+def wait(client: SyncPrefectClient, run_id: UUID, states: set[StateType] | None = None) -> FlowRun:
+    """Wait for a run to end, or to come into one of the states."""
+    until = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until:
+        run = client.read_flow_run(run_id)
+        if run.state is not None and (run.state.type in states if states else run.state.is_final()):
+            return run
+        time.sleep(0.2)
+    raise AssertionError(f"{run.name} is {run.state_name} after {PATIENCE_S:.0f} s")
+
+
+def artifact_keys(client: SyncPrefectClient, run_id: UUID) -> set[str | None]:
+    found = client.read_artifacts(
+        artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+    )
+    return {artifact.key for artifact in found}
+
+
+def test_the_flows_are_listed(client: SyncPrefectClient) -> None:
+    """It sends a null for the limit: with a FastAPI that is too new the server answers 422."""
+    names = [deployment.name for deployment in client.read_deployments()]
+    assert names == ["default"] * len(SERVED)
+
+
+def test_a_second_up_says_where_the_first_one_is(up: Up) -> None:
+    command = [*TANDEM, "up", "--store", str(up.store), "--port", str(up.port)]
+    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert second.returncode == 2
+    assert f"A server for this store is up already at {up.url}" in second.stderr
+
+
+def test_foreign_pages_cannot_start_runs(up: Up) -> None:
+    def status(method: str, headers: dict[str, str]) -> int:
+        request = urllib.request.Request(
+            f"{up.url}/api/flow_runs/", data=b"{}" if method == "POST" else None, headers=headers, method=method
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    assert status("OPTIONS", preflight) == 400
+    assert status("POST", {"Content-Type": "application/json"}) == 403
+
+
+def test_runs_started_in_the_ui_complete_one_gpu_flow_at_a_time_and_reuse(
+    up: Up, client: SyncPrefectClient
+) -> None:
+    dataset = wait(client, start(client, "prepare-dataset", {"config": SMALL["dataset"], "name": "toys"}))
+    assert (dataset.state_name, dataset.name) == ("Completed", "demo")
+    config = {"encoder": "random:16", "modality": "image"}
+    extract = start(client, "extract-features", {"dataset": "toys", "config": config})
+    two_stage = start(client, "two-stage", {"config": SMALL})
+    runs = sorted((wait(client, run_id) for run_id in (extract, two_stage)), key=lambda run: str(run.start_time))
+    assert {run.state_name for run in runs} == {"Completed"}
+    earlier, later = runs
+    assert earlier.end_time is not None
+    assert later.start_time is not None
+    assert later.start_time >= earlier.end_time, "the gpu queue let two flows run at once"
+    keys = artifact_keys(client, extract)
+    assert {"extract-features-random-16-image", "extract-features-progress"} <= keys
+    assert {"two-stage-small", "two-stage-small-stages"} <= artifact_keys(client, two_stage)
+    again = wait(client, start(client, "two-stage", {"config": SMALL}))
+    assert again.state_name == "Cached"
+    assert again.name == "small (reused)"
+    assert "reused" in again.tags
+
+
+def test_tandem_run_shows_its_run_on_the_server_that_is_up(
+    up: Up, client: SyncPrefectClient, tmp_path: Path
+) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump({**SMALL, "name": "typed"}))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run(
+        [*TANDEM, "run", str(config), "--store", str(up.store), "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["stages"]) == 6
+    assert "typed" in {run.name.removesuffix(" (reused)") for run in client.read_flow_runs()}
+
+
+def test_stopping_leaves_no_process_and_tells_what_became_of_the_runs(
+    up: Up, client: SyncPrefectClient
+) -> None:
+    big = {"config": {"demo": {"n_items": 20_000, "n_users": 4_000}}}
+    run_id = start(client, "prepare-dataset", big)
+    wait(client, run_id, {StateType.RUNNING})
+    everything = psutil.Process(up.process.pid).children(recursive=True)
+    assert len(everything) >= 3, "server, worker, flow"
+    up.process.send_signal(signal.SIGINT)
+    assert up.process.wait(60) == 0, up.words()
+    assert [process for process in everything if is_alive(process)] == []
+    assert up.words().rstrip().endswith("stopped")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", up.port))
+    with sqlite3.connect(up.home / "prefect.db") as database:
+        query = "select state_type from flow_run where replace(id, '-', '') = ?"
+        assert database.execute(query, (run_id.hex,)).fetchone() == ("CRASHED",)
+    assert not (up.home / "server.json").exists()
