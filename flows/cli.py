@@ -98,7 +98,7 @@ def _run(config: RunConfig, *, prefect: bool, store: str, force: bool, json: boo
         "reused": n_reused,
         "comparison": comparison.ref,
     }
-    show_comparison(out, comparison.path("comparison.md"), document)
+    show_comparison(out, comparison, document)
 
 
 @app.command(rich_help_panel=WHOLE)

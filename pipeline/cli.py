@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +19,9 @@ from pipeline.console import (
     run_app,
     table,
 )
+
+if TYPE_CHECKING:
+    from pipeline.store import Artefact
 
 app = typer.Typer(
     name="tandem",
@@ -174,17 +177,18 @@ def compare(
     result = compare_features(opened, runs, settings, reporter=out.reporter, force=force)
     if name:
         opened.name(name, result.artefact)
-    show_comparison(out, result.artefact.path("comparison.md"), result.to_json())
+    show_comparison(out, result.artefact, result.to_json())
 
 
-def show_comparison(out: Output, markdown: Path, document: dict[str, object]) -> None:
-    """Print a comparison's tables to a person, or its document to a program."""
+def show_comparison(out: Output, comparison: Artefact, document: dict[str, Any]) -> None:
+    """Print a comparison's tables to a person, or a document to a program."""
+    from pipeline.comparison.render import to_terminal
+    from pipeline.stages.compare_features import restore_comparison
+
     if out.as_json:
         out.show(document)
-        return
-    from rich.markdown import Markdown
-
-    out.console.print(Markdown(markdown.read_text(encoding="utf-8")))
+    else:
+        out.console.print(to_terminal(restore_comparison(comparison)))
 
 
 @app.command(rich_help_panel=STAGES)

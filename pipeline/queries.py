@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from features.encoders.registry import load_encoder
 from features.images import ImageLimits, UnreadableImage, open_image
@@ -21,6 +22,7 @@ from pipeline.errors import ConfigError
 from pipeline.progress import SILENT, Reporter
 from pipeline.reading import read_dataset
 from pipeline.stages.build_index import vector_files
+from pipeline.stages.extract_features import CONTROLS
 from pipeline.stages.train_recommender import restore_scorer
 from recommenders.evaluation import recommend_top_k
 
@@ -108,8 +110,8 @@ def _encode(source: Artefact, query: Query) -> NDArray[np.float32]:
     spec = str(shown.get("encoder", ""))
     wanted = "text" if query.text else "image"
     info = shown.get("info")
-    modalities = info.get("modalities", []) if isinstance(info, dict) else []
-    if not isinstance(modalities, list) or wanted not in modalities or info_family(info) == "control":
+    readable = info.get("modalities") if isinstance(info, dict) else None
+    if not isinstance(readable, list) or wanted not in readable or spec.startswith(CONTROLS):
         raise ConfigError(
             f"{source.ref} was made by {spec or 'a recommender'}, which cannot encode a {wanted} query; "
             "ask by --item, or in an index of an encoder with both towers."
@@ -124,12 +126,7 @@ def _encode(source: Artefact, query: Query) -> NDArray[np.float32]:
     return vector
 
 
-def info_family(info: object) -> str:
-    """Family of an encoder as its features' manifest tells it."""
-    return str(info.get("family", "")) if isinstance(info, dict) else ""
-
-
-def _picture(path: Path | None) -> object:
+def _picture(path: Path | None) -> Image.Image:
     assert path is not None  # noqa: S101 - Query checked that one of the three is given
     try:
         return open_image(path.read_bytes(), ImageLimits())

@@ -10,7 +10,7 @@ from pipeline.config import RecommenderConfig, RunConfig
 from pipeline.progress import SILENT, Reporter
 from pipeline.stages.build_index import build_index
 from pipeline.stages.compare_features import compare_features
-from pipeline.stages.extract_features import FeaturesConfig, extract_features
+from pipeline.stages.extract_features import CONTROLS, FeaturesConfig, extract_features
 from pipeline.stages.prepare_dataset import prepare_dataset
 from pipeline.stages.result import StageResult
 from pipeline.stages.train_recommender import RunSettings, train_recommender
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from pipeline.comparison.config import ComparisonConfig
     from pipeline.datasets.config import DatasetConfig
     from pipeline.store import Store
-
-CONTROLS = ("random", "constant", "shuffled:")
-"""Encoders without meaning: recommenders are compared on them, but nobody searches them."""
 
 
 class Stages(Protocol):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from pipeline.comparison.config import ComparisonConfig
+from pipeline.comparison.parquet import read_comparison
 from pipeline.comparison.records import RunRecord
-from pipeline.comparison.render import write_comparison
-from pipeline.comparison.tables import compare_runs
+from pipeline.comparison.render import COMPARISON_FILE, PAIRS_FILE, write_comparison
+from pipeline.comparison.tables import Comparison, compare_runs
 from pipeline.progress import SILENT, Reporter
 from pipeline.stages.result import StageResult
 
@@ -73,6 +74,12 @@ def compare_features(
         force=force,
     )
     return StageResult.of(outcome)
+
+
+def restore_comparison(artefact: Artefact) -> Comparison:
+    """Read a comparison artefact back, to show it again."""
+    config = ComparisonConfig.model_validate(artefact.manifest.parameters)
+    return read_comparison(artefact.path(COMPARISON_FILE), artefact.path(PAIRS_FILE), config)
 
 
 def read_record(run: Artefact) -> RunRecord:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from pipeline.store import Artefact, Draft, Store
 
+CONTROLS = ("random", "constant", "shuffled:")
+"""How the specifications of encoders without meaning begin: they are compared with, never searched."""
 GIVEN = "given"
 """Encoder name of the features that came with a dataset, such as MMRec's ``image_feat.npy``."""
 

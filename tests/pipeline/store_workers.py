@@ -27,7 +27,8 @@ def make_slowly(address: tuple[str, str], folder: Path, name: str) -> None:
     """Make artefact 1 once ``folder/go`` exists, writing down what happens."""
 
     def say(message: str) -> None:
-        (folder / f"{name}.said").write_text(message)
+        (folder / f"{name}.said.tmp").write_text(message)
+        (folder / f"{name}.said.tmp").rename(folder / f"{name}.said")
 
     def make(draft: Draft) -> None:
         with (folder / "made").open("a") as file:
@@ -58,7 +59,8 @@ def fork_and_hang(address: tuple[str, str], folder: Path) -> None:
         if child == 0:
             time.sleep(30)
             os._exit(0)
-        (folder / "child").write_text(str(child))
+        (folder / "child.tmp").write_text(str(child))
+        (folder / "child.tmp").rename(folder / "child")  # whole, once the test sees it
         time.sleep(600)
 
     produce(open_store(address), 1, make=make)

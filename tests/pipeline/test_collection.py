@@ -202,6 +202,36 @@ def test_remote_data_that_no_manifest_names_goes_once_it_is_a_day_old(tmp_path: 
     assert store.verify(artefact) == []
 
 
+def test_the_data_that_a_manifest_names_is_no_leftover_however_old(tmp_path: Path) -> None:
+    store = Store(f"objects://{tmp_path / 'bucket'}", cache=tmp_path / "cache")
+    store._shelf.leftover_grace = NOW
+    artefact = produce(store, 1).artefact
+    store.name("kept", artefact)
+    assert store.collect_garbage(older_than=NOW, dry_run=False).leftovers == ()
+    assert store.verify(artefact) == []
+
+
+def test_a_remote_removal_that_breaks_off_leaves_no_artefact_without_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(f"objects://{tmp_path / 'bucket'}", cache=tmp_path / "cache")
+    artefact = produce(store, 1).artefact
+    data = tmp_path / "bucket" / "features" / artefact.manifest.folder / artefact.manifest.data_folder
+
+    def break_off(*_: object, **__: object) -> None:
+        (data / "part-00000.bin").unlink()
+        raise ConnectionResetError("reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._shelf.filesystem, "rm", break_off)  # type: ignore[attr-defined]  # a remote one
+        with pytest.raises(StoreError, match="reset by peer"):
+            store.collect_garbage(older_than=NOW, dry_run=False)
+    assert store.survey() == ([], {})
+    store._shelf.leftover_grace = NOW
+    store.collect_garbage(older_than=NOW, dry_run=False)
+    assert not data.exists()
+
+
 def test_copies_of_replaced_and_deleted_remote_artefacts_go(tmp_path: Path) -> None:
     store = Store(f"objects://{tmp_path / 'bucket'}", cache=tmp_path / "cache")
     old = produce(store, 1).artefact

@@ -345,6 +345,21 @@ def test_a_replacement_whose_second_step_fails_gives_the_old_folder_back(
     assert is_right(old)
 
 
+def test_a_draft_that_was_stopped_just_before_its_last_step_is_finished(
+    local_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder holds a manifest already; that must not become a file of the artefact."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing(errno.EIO))
+        with pytest.raises(StoreError, match="Input/output error"):
+            produce(local_store, 1, resumable=True)
+    (draft,) = (path for path in (Path(local_store.url) / ".drafts").iterdir() if path.is_dir())
+    assert (draft / "manifest.json").exists()
+    artefact = produce(local_store, 1, resumable=True).artefact
+    assert "manifest.json" not in artefact.manifest.files
+    assert local_store.verify(artefact) == []
+
+
 def test_a_replacement_killed_before_its_clean_up_keeps_the_new_folder(local_store: Store) -> None:
     produce(local_store, 1)
     new = produce(local_store, 1, force=True, make=fill(2)).artefact

@@ -39,7 +39,7 @@ def finished(store: Store) -> TwoStageResult:
 def test_a_run_leaves_every_kind_of_artefact_whole(store: Store, finished: TwoStageResult) -> None:
     kinds = {result.artefact.kind for result in finished.all()}
     assert kinds == {"dataset", "features", "run", "comparison"}  # controls are compared, not searched
-    assert store.verify_all() == dict.fromkeys((artefact.ref for artefact in store.list()), [])
+    assert store.verify_all() == {artefact.ref: [] for artefact in store.list()}
 
 
 def test_the_second_run_reuses_every_stage_and_gives_the_same_artefacts(
@@ -216,8 +216,8 @@ def test_refusals_of_the_stages(store: Store, finished: TwoStageResult) -> None:
         extract_features(store, data, FeaturesConfig(encoder="given"))
     with pytest.raises(ConfigError, match="reads no features"):
         train_recommender(store, data, [image], RunSettings(model="popularity"))
+    shuffled = finished.features["image", "shuffled:random:8"].artefact.key
     with pytest.raises(ConfigError, match="both of the modality 'image'"):
-        shuffled = finished.features["image", "shuffled:random:8"].artefact.key
         train_recommender(store, data, [image, shuffled], RunSettings(model="vbpr"))
     with pytest.raises(StoreError, match="not in the store"):
         train_recommender(store, "nothing-there", [text], RunSettings())

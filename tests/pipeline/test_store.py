@@ -162,6 +162,14 @@ def test_a_draft_refuses_file_names_outside_its_folder(local_store: Store, name:
         produce(local_store, 1, make=lambda draft: draft.path(name).write_text("x"))
 
 
+def test_a_maker_cannot_write_the_manifest(local_store: Store) -> None:
+    def make(draft: Draft) -> None:
+        (draft.folder / "manifest.json").write_text("{}")
+
+    with pytest.raises(StoreError, match=r"manifest.json is written by the store"):
+        produce(local_store, 1, make=make)
+
+
 def test_a_link_in_a_draft_is_refused(local_store: Store, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
 

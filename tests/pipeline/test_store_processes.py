@@ -56,7 +56,7 @@ def running(context: Any, target: Any, *arguments: Any) -> Iterator[BaseProcess]
         process.join()
 
 
-def wait_for(path: Path, timeout_s: float = 20) -> None:
+def wait_for(path: Path, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not path.exists():
         assert time.monotonic() < deadline, f"{path.name} did not appear"
@@ -72,8 +72,8 @@ def test_two_processes_on_one_key_leave_one_good_artefact(
         with running(context, make_slowly, address, tmp_path, "b") as second:
             wait_for(tmp_path / "b.said")
             (tmp_path / "go").touch()
-            first.join(30)
-            second.join(30)
+            first.join(60)
+            second.join(60)
     assert (tmp_path / "made").read_text() == "a\n", "the second process waits instead of making it too"
     key = open_store(address).list()[0].key
     assert (tmp_path / "a.done").read_text() == f"False|{key}"
@@ -93,7 +93,7 @@ def test_a_process_killed_while_it_holds_the_lock_does_not_hold_up_the_next(
             assert not (tmp_path / "b.began").exists(), "it waits while the first is alive"
             (tmp_path / "go").touch()
             os.kill(hanging.pid or 0, signal.SIGKILL)
-            waiting.join(30)
+            waiting.join(60)
     assert (tmp_path / "b.done").read_text().startswith("False|")
     store = open_store(address)
     assert [is_right(artefact) for artefact in store.list()] == [True]
@@ -111,7 +111,7 @@ def test_a_forked_worker_that_outlives_a_killed_maker_does_not_keep_its_lock(
         hanging.join()
         try:
             with running(context, make_slowly, address, tmp_path, "b") as next_maker:
-                next_maker.join(10)
+                next_maker.join(25)
                 assert not next_maker.is_alive()
         finally:
             os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
@@ -178,5 +178,5 @@ def test_many_processes_open_a_new_store_at_once(context: Any, address: tuple[st
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(60)
     assert [process.exitcode for process in processes] == [0] * 6
