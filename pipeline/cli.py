@@ -212,10 +212,10 @@ def recommenders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -
     from recommenders.models.registry import MODELS
 
     runs = Counter(str(a.manifest.parameters["model"]) for a in open_store(store).list("run"))
-    documents = [
+    documents: list[dict[str, Any]] = [
         {
             "model": name,
-            "reads_features": entry.model.needs_features,
+            "reads": "features" if entry.model.needs_features else "interactions",
             "settings": {key: field.default for key, field in entry.config.model_fields.items()},
             "runs": runs[name],
         }
@@ -224,7 +224,7 @@ def recommenders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -
     rows = [
         (
             document["model"],
-            "features" if document["reads_features"] else "interactions",
+            document["reads"],
             ", ".join(f"{key} {value}" for key, value in document["settings"].items()),
             document["runs"] or "",
         )

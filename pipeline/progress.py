@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -20,15 +20,9 @@ class Reporter(Protocol):
         """Tell one line, whole."""
         ...
 
-    def progress(self, description: str) -> _Task:
+    def progress(self, description: str) -> AbstractContextManager[Progress]:
         """Open a progress line; use as a context manager whose value is a ``Progress`` callable."""
         ...
-
-
-class _Task(Protocol):
-    def __enter__(self) -> Progress: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class SilentReporter:

@@ -115,7 +115,7 @@ def run_two_stage(
     for modality, encoder in _wanted_features(config):
         what = FeaturesConfig(
             encoder=encoder,
-            modality=modality,  # type: ignore[arg-type]  # a key of FeatureSetConfig.encoders(): a modality
+            modality=modality,
             text=config.text,
             extraction=config.extraction,
             device=config.device,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from pipeline.comparison.config import ComparisonConfig
-from pipeline.comparison.parquet import read_comparison
+from pipeline.comparison.parquet import COMPARISON_FILE, PAIRS_FILE, read_comparison
 from pipeline.comparison.records import RunRecord
-from pipeline.comparison.render import COMPARISON_FILE, PAIRS_FILE, write_comparison
+from pipeline.comparison.render import write_comparison
 from pipeline.comparison.tables import Comparison, compare_runs
 from pipeline.progress import SILENT, Reporter
 from pipeline.stages.result import StageResult
@@ -63,7 +63,7 @@ def compare_features(
             },
         )
 
-    keys: list[JsonValue] = sorted(artefact.key for artefact in artefacts)
+    keys: list[JsonValue] = [*sorted(artefact.key for artefact in artefacts)]
     outcome = store.produce(
         "comparison",
         slug=f"{config.metric}-of-{len(artefacts)}-runs",

@@ -138,7 +138,7 @@ def test_lists_of_encoders_and_recommenders_count_what_the_store_holds(shell: Sh
     assert encoders["random:8"] == 2
     assert "tiny" in encoders
     vbpr = next(row for row in shell.json("recommenders") if row["model"] == "vbpr")
-    assert vbpr["reads_features"] is True
+    assert vbpr["reads"] == "features"
     assert vbpr["runs"] == 6
 
 
