@@ -100,7 +100,7 @@ def collect(
             reasons[node] = f"used by {drafts[node]}, which is being written"
         elif shelf.last_used(artefact.manifest) > now - older_than:
             reasons[node] = "made or used recently"
-    kept = with_ancestors([*reasons, *drafts], parents)
+    kept = with_ancestors(reasons, parents)
 
     doomed = tuple(by_node[node] for node in descendants_first(by_node.keys() - kept, parents))
     leftovers = tuple(leftover for leftover in shelf.leftovers() if leftover.since < leftovers_before)

@@ -118,7 +118,12 @@ def _open_draft(folder: Path, *, resumable: bool) -> Draft:
 
 
 def _describe(shelf: Shelf, recipe: Recipe, draft: Draft, seconds: float) -> Manifest:
-    files = checksum_files(draft.folder, files_below(draft.folder))
+    names = files_below(draft.folder)
+    if MANIFEST_NAME in names:
+        raise StoreError(
+            f"{MANIFEST_NAME} is written by the store; give the file of {recipe.ref} another name."
+        )
+    files = checksum_files(draft.folder, names)
     return Manifest(
         kind=recipe.kind,
         key=recipe.key,
