@@ -246,6 +246,19 @@ def test_what_cannot_be_searched_is_refused() -> None:
         search(index, np.array([[1.0] * 4, [np.nan] * 4]), 3)
 
 
+def test_what_faiss_itself_refuses_is_one_clear_error() -> None:
+    class Refusing:
+        """An index on a GPU, which can return 2,048 neighbours."""
+
+        d, ntotal = 4, 10_000
+
+        def search(self, queries: FloatArray, k: int) -> None:
+            raise RuntimeError("k must be <= 2048")
+
+    with pytest.raises(IndexingError, match="cannot search for 5000 neighbours: k must be <= 2048"):
+        search(Refusing(), np.ones((1, 4)), 5_000)  # type: ignore[arg-type]  # the stand-in only refuses
+
+
 def test_rows_that_are_not_numbers_are_refused_by_their_row() -> None:
     vectors = clustered(50, 4)
     vectors[[17, 30], 2] = np.nan, np.inf
@@ -488,6 +501,17 @@ def test_a_gpu_that_fails_on_the_way_hands_over_to_the_cpu(
     assert "could not build L2norm,IVF17,Flat, so the CPU did: out of memory" in report.device_reason
     with pytest.raises(IndexingError, match=r"cannot build .*out of memory"):
         build_index(clustered(700, 8), cpu(kind="ivf_flat", device="gpu"), rng())
+
+
+def test_an_index_goes_to_the_first_gpu_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fake_faiss(1)
+    module.index_cpu_to_gpu = lambda resources, number, index: (type(resources), number, index)
+    module.index_gpu_to_cpu = lambda index: index[2]
+    monkeypatch.setattr(backend_module, "import_faiss", lambda: module)
+    index = object()
+    on_gpu = backend_module.to_gpu(index)  # type: ignore[arg-type]  # any object goes there and back
+    assert on_gpu == (object, 0, index)
+    assert backend_module.to_cpu(on_gpu) is index
 
 
 @pytest.mark.gpu

@@ -132,6 +132,11 @@ def test_a_narrow_terminal_folds_names_and_keeps_figures(comparison: Comparison)
     assert f"{comparison.rows[0].test['recall@20'].mean:.4f}" in text
 
 
+def test_a_single_user_has_no_interval_and_a_dash_says_so() -> None:
+    cells = markdown_tables(to_markdown(compare_runs([record(users=[0.5])], QUICK)))[0][2]
+    assert cells[4:6] == ["0.5000", "–"]
+
+
 def test_names_with_pipes_and_brackets_break_no_table() -> None:
     odd = compare_runs(
         [record(feature_set="a|b [red]x[/red] image"), record(feature_set="tiny image")], QUICK
