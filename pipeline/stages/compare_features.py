@@ -9,7 +9,7 @@ import polars as pl
 
 from pipeline.comparison.config import ComparisonConfig
 from pipeline.comparison.parquet import COMPARISON_FILE, PAIRS_FILE, read_comparison
-from pipeline.comparison.records import RunRecord
+from pipeline.comparison.records import NO_FEATURES, RunRecord
 from pipeline.comparison.render import write_comparison
 from pipeline.comparison.tables import Comparison, compare_runs
 from pipeline.progress import SILENT, Reporter
@@ -91,6 +91,12 @@ def read_record(run: Artefact) -> RunRecord:
         return dict(metrics.filter(pl.col("part") == name).select("metric", "value").iter_rows())
 
     evaluation = _section(shown["evaluation"])
+    # How features are read is no setting of a model that reads none: its runs stay one row.
+    settings = (
+        ("settings", "training")
+        if shown["feature_set"] == NO_FEATURES
+        else ("settings", "training", "reading")
+    )
     return RunRecord(
         label=run.ref,
         model=str(shown["model"]),
@@ -98,7 +104,7 @@ def read_record(run: Artefact) -> RunRecord:
         seed=int(str(shown["seed"])),
         dataset=str(shown["dataset"]),
         split_fingerprint=str(shown["split_fingerprint"]),
-        settings={name: shown[name] for name in ("settings", "training", "reading") if name in shown},
+        settings={name: shown[name] for name in settings},
         valid=part("valid"),
         test=part("test"),
         per_user=pl.read_parquet(run.path("per_user.parquet")),

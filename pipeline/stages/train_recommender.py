@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from features.feature_table import FeatureSet
 from features.parts import PartRows, write_part
+from pipeline.comparison.records import NO_FEATURES
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.errors import ConfigError
 from pipeline.progress import SILENT, Progress, Reporter
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 Scalar = bool | int | float | str
 USER_EMBEDDINGS = "user_embeddings.parquet"
-NO_FEATURES = "-"
-"""Feature set of a model that reads none."""
 
 
 class RunSettings(BaseModel, frozen=True, extra="forbid"):
