@@ -278,7 +278,8 @@ class Store:
 
         Kept are artefacts that are named, in ``keep``, made or used within ``older_than``, or read by a draft
         in the course of being written, and all they were made from. A remote store knows no time of use,
-        only of making.
+        only of making; and it has no lock among machines, so a stage that another machine begins in the same
+        second may find its old, unnamed inputs gone (it then says so, and making them again mends it).
 
         Args:
             keep: References of artefacts to keep.
