@@ -418,3 +418,13 @@ def test_the_identity_holds_what_changes_vectors_and_not_what_changes_speed() ->
     assert ExtractionConfig(workers="processes", n_workers=3).identity() == identity
     for change in ({"dtype": "float32"}, {"batch_size": 3}, {"limits": {"max_pixels": 5}}):
         assert ExtractionConfig.model_validate(change).identity() != identity
+
+
+def test_parts_under_each_others_names_are_encoded_again(tmp_path: Path) -> None:
+    catalogue = small_catalogue(tmp_path / "pictures", 30)
+    run(tmp_path / "out", catalogue)
+    whole = bytes_of(tmp_path / "out")
+    (tmp_path / "out" / "part-00000.parquet").write_bytes(whole["part-00001.parquet"])
+    report = run(tmp_path / "out", catalogue)
+    assert bytes_of(tmp_path / "out") == whole
+    assert report.notes == ("part-00000.parquet holds other items; it is encoded again",)

@@ -109,6 +109,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         (16, GPU, 10**6, 2**34, Workers("processes", 12)),
         (16, GPU, 10**6, 2**26, Workers("threads", 12)),
         (2, GPU, 10**6, 2**34, Workers("threads", 1)),
+        (16, GPU, 0, 2**34, Workers("threads", 1)),
     ],
 )
 def test_workers_are_chosen_by_device_cores_work_and_shared_memory(
