@@ -78,7 +78,7 @@ def _run(config: RunConfig, *, prefect: bool, store: str, force: bool, json: boo
     from pipeline.two_stage import PlainStages, run_two_stage
 
     out = Output(as_json=json)
-    opened = open_store(store)
+    opened = open_store(store, out)
     say = out.reporter.say
     if prefect:
         from flows.running import run_two_stage_with_prefect
@@ -114,7 +114,7 @@ def up(
     from flows.server import ServerConfig, serve
 
     out = Output(as_json=json)
-    opened = open_store(store)
+    opened = open_store(store, out)
     config = ServerConfig(host=host, port=port, store=opened.url)
     if json:  # one document once runs can be started; what happens besides goes to standard error
         serve(config, on_ready=lambda record: out.show(record.model_dump(mode="json")))

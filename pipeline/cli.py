@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -61,7 +62,7 @@ def dataset(
         settings = parse_config(with_overrides({}, overrides), DatasetConfig, "--set")
     else:
         settings = load_config(config, DatasetConfig, overrides)
-    opened = open_store(store)
+    opened = open_store(store, out)
     result = prepare_dataset(opened, settings, reporter=out.reporter, force=force)
     if name:
         opened.name(name, result.artefact)
@@ -95,7 +96,7 @@ def extract(
     out = Output(as_json=json)
     raw = with_overrides({"encoder": encoder, "modality": modality}, set_ or [])
     result = extract_features(
-        open_store(store),
+        open_store(store, out),
         dataset,
         parse_config(raw, FeaturesConfig, "--set"),
         reporter=out.reporter,
@@ -123,7 +124,7 @@ def index(
 
     out = Output(as_json=json)
     settings = parse_config(with_overrides({}, set_ or []), IndexConfig, "--set")
-    result = build_index(open_store(store), source, settings, reporter=out.reporter, force=force)
+    result = build_index(open_store(store, out), source, settings, reporter=out.reporter, force=force)
     out.show(result.to_json(), result.line())
 
 
@@ -152,7 +153,7 @@ def train(
     raw = with_overrides({"model": model, "seed": seed}, set_ or [])
     settings = parse_config(raw, RunSettings, "--set")
     result = train_recommender(
-        open_store(store), dataset, features or [], settings, reporter=out.reporter, force=force
+        open_store(store, out), dataset, features or [], settings, reporter=out.reporter, force=force
     )
     out.show(result.to_json(), result.line())
 
@@ -173,7 +174,7 @@ def compare(
 
     out = Output(as_json=json)
     settings = parse_config(with_overrides({}, set_ or []), ComparisonConfig, "--set")
-    opened = open_store(store)
+    opened = open_store(store, out)
     result = compare_features(opened, runs, settings, reporter=out.reporter, force=force)
     if name:
         opened.name(name, result.artefact)
@@ -196,14 +197,13 @@ def encoders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> No
     """List the forms of an encoder's specification, and the encoders whose features the store holds."""
     from features.encoders.registry import FAMILIES
 
-    cached = Counter(str(a.manifest.parameters["encoder"]) for a in open_store(store).list("features"))
+    out = Output(as_json=json)
+    cached = Counter(str(a.manifest.parameters["encoder"]) for a in open_store(store, out).list("features"))
     examples = [family.example for family in FAMILIES.values()] + ["shuffled:tiny", "given"]
     documents = [{"spec": spec, "cached": cached.pop(spec, 0)} for spec in examples]
     documents += [{"spec": spec, "cached": count} for spec, count in sorted(cached.items())]
     rows = [(document["spec"], document["cached"] or "") for document in documents]
-    Output(as_json=json).show(
-        documents, table("Encoders", ("specification", "feature sets in the store"), rows)
-    )
+    out.show(documents, table("Encoders", ("specification", "feature sets in the store"), rows))
 
 
 @app.command(rich_help_panel=STAGES)
@@ -211,7 +211,8 @@ def recommenders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -
     """List the recommenders, what they read, their settings, and how many runs of each the store holds."""
     from recommenders.models.registry import MODELS
 
-    runs = Counter(str(a.manifest.parameters["model"]) for a in open_store(store).list("run"))
+    out = Output(as_json=json)
+    runs = Counter(str(a.manifest.parameters["model"]) for a in open_store(store, out).list("run"))
     documents: list[dict[str, Any]] = [
         {
             "model": name,
@@ -230,25 +231,34 @@ def recommenders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -
         )
         for document in documents
     ]
-    Output(as_json=json).show(documents, table("Recommenders", ("model", "reads", "settings", "runs"), rows))
+    out.show(documents, table("Recommenders", ("model", "reads", "settings", "runs"), rows))
 
 
 @app.command("train-tiny", rich_help_panel=STAGES)
 def train_tiny_(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for weights, tokenizer and config.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the encoder's files into this folder.")
+    ] = None,
     set_: SetOption = None,
-    json: JsonOption = False,
     store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
 ) -> None:
-    """Train the shipped encoder `tiny` again, on rendered pairs of seeds that no demo catalogue uses."""
+    """Train the shipped encoder `tiny` again, on rendered pairs of seeds that no demo catalogue uses.
+
+    Example: `tandem train-tiny -o features/encoders/tiny` makes the files that are shipped.
+    """
     from pipeline.config import parse_config, with_overrides
-    from pipeline.stages.train_tiny import TrainTinyConfig, train_tiny
+    from pipeline.stages.train_tiny import TrainTinyConfig, keep_tiny
 
     out = Output(as_json=json)
     settings = parse_config(with_overrides({}, set_ or []), TrainTinyConfig, "--set")
-    with out.reporter.progress("training tiny") as progress:
-        report = train_tiny(settings, output, progress)
-    out.show(report)
+    result = keep_tiny(open_store(store, out), settings, reporter=out.reporter, force=force)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        for path in result.artefact.paths():
+            shutil.copyfile(path, output / path.name)
+    out.show(result.to_json(), result.line())
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def similar(
     from pipeline.queries import Query, similar_items
 
     out = Output(as_json=json)
-    answer = similar_items(open_store(store), index, Query(item=item, text=text, picture=picture), k)
+    answer = similar_items(open_store(store, out), index, Query(item=item, text=text, picture=picture), k)
     rows = [(hit.rank, hit.item_id, f"{hit.similarity:.4f}", hit.title) for hit in answer]
     out.show(
         [hit.__dict__ for hit in answer],
@@ -61,7 +61,7 @@ def recommend(
 
     out = Output(as_json=json)
     written = write_recommendations(
-        open_store(store), run, output, k=k, users=user or [], exclude=exclude, reporter=out.reporter
+        open_store(store, out), run, output, k=k, users=user or [], exclude=exclude, reporter=out.reporter
     )
     out.show(written, f"{written['rows']:,} rows for {written['users']:,} users in {output}")
 
@@ -87,7 +87,7 @@ def export(
     from pipeline.exporting import export_features
 
     out = Output(as_json=json)
-    written = export_features(open_store(store), features, output, layout)
+    written = export_features(open_store(store, out), features, output, layout)
     out.show(
         written, f"{written['rows']:,} rows of {written['dim']} numbers in {', '.join(written['files'])}"
     )

@@ -33,9 +33,10 @@ def list_(
     from pipeline.errors import ConfigError
     from pipeline.manifest import KINDS
 
+    out = Output(as_json=json)
     if kind and kind not in KINDS:
         raise ConfigError(f"There is no kind {kind!r}; known kinds: {', '.join(KINDS)}.")
-    opened = open_store(store)
+    opened = open_store(store, out)
     names: dict[str, list[str]] = {}
     for name, pointer in opened.names().items():
         names.setdefault(pointer.key, []).append(name)
@@ -61,9 +62,7 @@ def list_(
         )
         for artefact in found
     ]
-    Output(as_json=json).show(
-        documents, table(opened.url, ("artefact", "size", "took", "made (UTC)", "names"), rows)
-    )
+    out.show(documents, table(opened.url, ("artefact", "size", "took", "made (UTC)", "names"), rows))
 
 
 @app.command(rich_help_panel=STORE)
@@ -73,7 +72,8 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """Show an artefact: what it was made from, with which settings, and what was measured."""
-    opened = open_store(store)
+    out = Output(as_json=json)
+    opened = open_store(store, out)
     artefact = opened.get(ref)
     manifest = artefact.manifest.model_dump(mode="json")
     lineage = opened.lineage(artefact)
@@ -83,7 +83,7 @@ def show(
     text += ["", "made from"] + ([f"  {line}" for line in lineage.lines()[1:]] or ["  nothing in this store"])
     for section in ("parameters", "facts"):
         text += ["", section] + [f"  {line}" for line in _flat(manifest[section])]
-    Output(as_json=json).show(manifest, "\n".join(text))
+    out.show(manifest, "\n".join(text))
 
 
 @app.command(rich_help_panel=STORE)
@@ -94,8 +94,8 @@ def name(
     json: JsonOption = False,
 ) -> None:
     """Let a name point at an artefact; named artefacts are never collected."""
-    opened = open_store(store)
     out = Output(as_json=json)
+    opened = open_store(store, out)
     if not ref:
         opened.unname(name)
         out.show({"name": name, "ref": ""}, f"{name} points at nothing now")
@@ -112,14 +112,11 @@ def verify(
     json: JsonOption = False,
 ) -> None:
     """Compare every file with its checksum; exits with 1 if something is damaged."""
-    opened = open_store(store)
     out = Output(as_json=json)
+    opened = open_store(store, out)
     with out.reporter.progress("checksums") as progress:
-        if refs:
-            found = {artefact.ref: opened.verify(artefact) for artefact in map(opened.get, refs)}
-        else:
-            found = opened.verify_all(progress)
-    problems = [f"{ref}: {problem}" for ref, listed in found.items() for problem in listed]
+        found = {ref: opened.verify(ref) for ref in refs} if refs else opened.verify_all(progress)
+    problems = [str(problem) for listed in found.values() for problem in listed]
     lines = [
         f"{len(found)} artefacts checked, {len(problems)} problems",
         *(f"  {problem}" for problem in problems),
@@ -143,7 +140,8 @@ def gc(
 
     Example: `tandem gc --older-than-days 7 --yes`
     """
-    collected = open_store(store).collect_garbage(
+    out = Output(as_json=json)
+    collected = open_store(store, out).collect_garbage(
         keep=keep or [], older_than=timedelta(days=older_than_days), dry_run=not yes
     )
     gone = [artefact.ref for artefact in collected.artefacts] + [left.address for left in collected.leftovers]
@@ -156,7 +154,7 @@ def gc(
     }
     size = human_bytes(collected.bytes)
     lines = [f"{len(gone)} artefacts and leftovers, {size}, {verb}; {len(collected.kept)} stay"]
-    Output(as_json=json).show(document, "\n".join(lines + [f"  {ref}" for ref in gone]))
+    out.show(document, "\n".join(lines + [f"  {ref}" for ref in gone]))
 
 
 def _flat(value: Any, prefix: str = "") -> list[str]:

@@ -70,11 +70,11 @@ class Output:
                 self.console.print(str(row), markup=False, highlight=False, soft_wrap=True)
 
 
-def open_store(url: str) -> Store:
-    """Open the store a command was given."""
+def open_store(url: str, out: Output) -> Store:
+    """Open the store a command was given; what it has to say appears above any progress bar."""
     from pipeline.store import Store
 
-    return Store(url)
+    return Store(url, say=out.reporter.say)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
