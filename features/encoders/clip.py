@@ -1,7 +1,9 @@
 """CLIP and its kin, by way of open_clip: any of its architectures, any of its weights."""
 
+import json
 from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, cast
 
 import PIL
@@ -10,9 +12,10 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from features.encoders.base import Encoder, EncoderInfo, Tokenizer, digest_file, digest_json
-from features.encoders.clip_specs import ClipSource, resolve_clip
-from features.encoders.clip_tokens import ClipTokenizer, OpenClipTokenizer
+from features.encoders.clip_specs import TOKENIZER_FILES, ClipSource, resolve_clip
+from features.encoders.clip_tokens import ClipTokenizer, FolderTokenizer
 from features.encoders.clip_weights import count_numbers, load_weights
+from features.encoders.hub import fetch_from_hub
 from features.encoders.pixels import PixelConfig, PixelTransform
 from features.errors import EncoderError
 from features.images import IMAGE_DECODING_VERSION
@@ -36,7 +39,7 @@ class ClipEncoder(Encoder):
         self, info: EncoderInfo, model: nn.Module, pixels: PixelConfig, tokenizer: Tokenizer
     ) -> None:
         tower = _causal_tower(model)
-        cut = tower is not None and not isinstance(tokenizer, OpenClipTokenizer)
+        cut = tower is not None and not isinstance(tokenizer, FolderTokenizer)
         super().__init__(info, PixelTransform(pixels), tokenizer, pads_to=0 if cut else info.context_length)
         self.model = model
 
@@ -123,7 +126,8 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
     """open_clip's module of a `model_cfg`, with random weights.
 
     Raises:
-        EncoderError: It is built around a text model whose settings would have to be fetched, and cannot be.
+        EncoderError: open_clip refuses it, or it is built around a text model whose settings are not cached
+            and cannot be fetched.
     """
     import open_clip  # noqa: PLC0415 - seconds of imports
 
@@ -132,19 +136,25 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
     if "timm_model_name" in settings["vision_cfg"]:
         settings["vision_cfg"]["timm_model_pretrained"] = False  # no weights beside those of the file
     if "hf_model_name" in settings["text_cfg"]:
-        settings["text_cfg"]["hf_model_pretrained"] = False
+        folder = _text_model_folder(settings["text_cfg"]["hf_model_name"])
+        settings["text_cfg"] |= {"hf_model_pretrained": False, "hf_model_name": str(folder)}
     kind = open_clip.CLIP
     if custom:
         kind = open_clip.CoCa if "multimodal_cfg" in settings else open_clip.CustomTextCLIP
     try:
         model: nn.Module = kind(**settings)
-    except OSError as error:  # transformers, looking for the settings of the text model
-        name = settings["text_cfg"].get("hf_model_name")
+    except Exception as error:  # open_clip asserts, and passes on what timm and transformers raise
         raise EncoderError(
-            f"the text tower is built from the hub's {name}, which is neither cached nor to be fetched "
-            "without network; fetch it on a machine with network and bring the hub's cache here."
+            f"open_clip cannot build the architecture ({error!r}); check `model_cfg`, and that the packages "
+            "open_clip_torch and timm are new enough."
         ) from error
     return model
+
+
+def _text_model_folder(repository: str) -> Path:
+    """Where the settings of a text model are; given its name, transformers would ask the hub for minutes."""
+    instead = f"the same again, with the hub's cache of {repository} in its place"
+    return fetch_from_hub(repository, ["config.json"], instead=instead).parent
 
 
 def preprocessing_digest(
@@ -168,7 +178,7 @@ def _describe(source: ClipSource) -> EncoderInfo:
         "name": text.get("hf_tokenizer_name") or "clip",
         "kwargs": text.get("tokenizer_kwargs") or {},
         "mode": text.get("tokenizer_mode") or "",
-        "sha256": source.tokenizer_sha256,
+        "sha256": _tokenizer_sha256(source.tokenizer),
     }
     dim = int(source.model["embed_dim"])
     return EncoderInfo(
@@ -190,20 +200,32 @@ def _context_length(source: ClipSource) -> int:
 
 
 def _tokenizer(source: ClipSource) -> Tokenizer:
-    """CLIP's own byte pairs where the architecture uses them as they are, else what open_clip picks."""
+    """CLIP's own byte pairs, or what lies in the folder of the tower's own tokenizer."""
     text = source.model["text_cfg"]
     settings = dict(text.get("tokenizer_kwargs") or {})
-    clean = settings.pop("clean", "lower")
-    if not text.get("hf_tokenizer_name") and not settings:
+    if source.tokenizer is None:
+        clean = settings.pop("clean", "lower")
+        if settings:
+            raise EncoderError(f"encoder {source.spec!r}: tokenizer_kwargs {settings} are for training only.")
         return ClipTokenizer(_context_length(source), clean)
-    tokenizer = OpenClipTokenizer(source.tokenizer, _context_length(source))
+    if text.get("tokenizer_mode"):
+        settings["tokenizer_mode"] = text["tokenizer_mode"]
+    tokenizer = FolderTokenizer(
+        str(source.tokenizer), _context_length(source), json.dumps(settings, sort_keys=True)
+    )
     try:
         tokenizer([""])
-    except Exception as error:  # transformers raises many kinds for a missing or damaged tokenizer
+    except Exception as error:  # transformers raises many kinds for a missing or damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EncoderError(
-            f"encoder {source.spec!r} reads texts with the hub's {text.get('hf_tokenizer_name')}, which "
-            f"cannot be loaded ({reason}); fetch the whole repository on a machine with network and type "
-            "open_clip/local-dir:<its folder>."
+            f"encoder {source.spec!r}: no tokenizer can be made of {str(source.tokenizer)!r} ({reason}); "
+            "fetch the whole repository again."
         ) from error
     return tokenizer
+
+
+def _tokenizer_sha256(folder: Path | None) -> str:
+    """Of the file that a tokenizer cannot do without; "" for CLIP's own byte pairs."""
+    if folder is None:
+        return ""
+    return digest_file(next(folder / name for name in TOKENIZER_FILES if (folder / name).is_file()))

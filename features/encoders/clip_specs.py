@@ -18,8 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from features.encoders.base import digest_file
-from features.encoders.hub import fetch_from_hub
+from features.encoders.hub import fetch_folder_from_hub, fetch_from_hub
 from features.encoders.pixels import PixelConfig
 from features.errors import EncoderError
 
@@ -29,7 +28,17 @@ WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names in a repository of open_clip's layout, the preferred one first."""
 
 _FAMILY = "open_clip/"
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
+"""Names of the one file that a tokenizer cannot do without, the preferred one first."""
+
+_TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "*.model",
+    "vocab*",
+    "merges.txt",
+    "config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,8 @@ class ClipSource:
     """open_clip's `model_cfg`, its activation (`quick_gelu`) decided."""
     pixels: PixelConfig
     weights: Path
-    tokenizer: str
-    """What `open_clip.get_tokenizer` is asked for, where the tower does not read CLIP's byte pairs."""
-    tokenizer_sha256: str = ""
-    """Of the tokenizer's file; "" for CLIP's own byte pairs."""
+    tokenizer: Path | None
+    """Folder of the tokenizer's files; None where the tower reads CLIP's own byte pairs."""
 
 
 def resolve_clip(spec: str) -> ClipSource:
@@ -98,7 +105,7 @@ def _with_tag(spec: str, architecture: str, tag: str, facts: Mapping[str, Any], 
         model["quick_gelu"] = True
     name = f"{architecture}{'-quickgelu' if quick else ''}-{tag}"
     pixels = _pixel_config(model, facts, where=f"tag {tag!r}")
-    return ClipSource(spec, name, model, pixels, weights, architecture, _tokenizer_sha256(model))
+    return ClipSource(spec, name, model, pixels, weights, _tokenizer_folder(model))
 
 
 def _with_file(
@@ -109,72 +116,58 @@ def _with_file(
     scalings = {_pixel_config(model, facts, where=f"tag {tag!r}") for tag, facts in tags.items()}
     pixels = scalings.pop() if len(scalings) == 1 else _pixel_config(model, {}, where=architecture)
     name = f"{architecture}-{weights.stem}"
-    return ClipSource(spec, name, model, pixels, weights, architecture, _tokenizer_sha256(model))
+    return ClipSource(spec, name, model, pixels, weights, _tokenizer_folder(model))
 
 
 def _from_hub(spec: str, repository: str) -> ClipSource:
     instead = f"{_FAMILY}local-dir:<folder with {CONFIG_FILE} and {WEIGHT_FILES[0]}>"
-    config = fetch_from_hub(repository, [CONFIG_FILE], instead=instead)
+    path = fetch_from_hub(repository, [CONFIG_FILE], instead=instead)
     weights = fetch_from_hub(repository, WEIGHT_FILES, instead=instead)
-    return _from_config(
-        spec, repository.replace("/", "-"), config=config, weights=weights, tokenizer=f"hf-hub:{repository}"
-    )
+    model, pixels = _read_config(spec, path)
+    return ClipSource(spec, repository.replace("/", "-"), model, pixels, weights, _tokenizer_folder(model))
 
 
 def _from_folder(spec: str, folder: Path) -> ClipSource:
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    config = folder / CONFIG_FILE
-    if weights is None or not config.is_file():
+    path = folder / CONFIG_FILE
+    if weights is None or not path.is_file():
         missing = CONFIG_FILE if weights else " or ".join(WEIGHT_FILES)
         raise EncoderError(
             f"encoder {spec!r}: {str(folder)!r} has no {missing}; expected open_clip's layout."
         )
-    return _from_config(
-        spec,
-        folder.name,
-        config=config,
-        weights=weights,
-        tokenizer=f"local-dir:{folder}",
-        tokenizer_folder=folder,
-    )
+    model, pixels = _read_config(spec, path)
+    own_tokenizer = bool(model["text_cfg"].get("hf_tokenizer_name"))
+    if own_tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise EncoderError(
+            f"encoder {spec!r}: {str(folder)!r} has no tokenizer; expected one of "
+            f"{', '.join(TOKENIZER_FILES)}."
+        )
+    return ClipSource(spec, folder.name, model, pixels, weights, folder if own_tokenizer else None)
 
 
-def _from_config(
-    spec: str, name: str, *, config: Path, weights: Path, tokenizer: str, tokenizer_folder: Path | None = None
-) -> ClipSource:
+def _read_config(spec: str, path: Path) -> tuple[Mapping[str, Any], PixelConfig]:
     """A repository in open_clip's layout says all of itself; its word on the activation holds."""
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        model, facts = settings["model_cfg"], settings.get("preprocess_cfg", {})
-        pixels = _pixel_config(model, facts, where=str(config))
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        model = settings["model_cfg"]
+        return model, _pixel_config(model, settings.get("preprocess_cfg", {}), where=str(path))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EncoderError(
-            f"encoder {spec!r}: {str(config)!r} is no open_clip configuration ({error}); expected "
+            f"encoder {spec!r}: {str(path)!r} is no open_clip configuration ({error!r}); expected "
             "`model_cfg` and `preprocess_cfg`."
         ) from error
-    return ClipSource(
-        spec, name, model, pixels, weights, tokenizer, _tokenizer_sha256(model, tokenizer_folder)
-    )
 
 
-def _tokenizer_sha256(model: Mapping[str, Any], folder: Path | None = None) -> str:
-    """Digest of the tokenizer's file, in ``folder`` or from the hub; "" for CLIP's byte pairs.
-
-    Fetched here although open_clip would, as without network that takes it minutes to say so.
-    """
+def _tokenizer_folder(model: Mapping[str, Any]) -> Path | None:
+    """Where the files of a tower's own tokenizer are, fetched if need be."""
     repository = model["text_cfg"].get("hf_tokenizer_name")
     if not repository:
-        return ""
-    if folder is None:
-        instead = (
-            f"{_FAMILY}local-dir:<folder with {CONFIG_FILE}, {WEIGHT_FILES[0]} and the tokenizer's files>"
-        )
-        return digest_file(fetch_from_hub(repository, _TOKENIZER_FILES, instead=instead))
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            return digest_file(folder / name)
-    raise EncoderError(
-        f"{str(folder)!r} has no tokenizer; expected one of {', '.join(_TOKENIZER_FILES)} in it."
+        return None
+    return fetch_folder_from_hub(
+        repository,
+        _TOKENIZER_PATTERNS,
+        needed=TOKENIZER_FILES,
+        instead=f"{_FAMILY}local-dir:<folder with {CONFIG_FILE}, {WEIGHT_FILES[0]} and tokenizer files>",
     )
 
 

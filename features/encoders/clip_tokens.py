@@ -1,6 +1,7 @@
 """Texts -> token ids for CLIP's text towers."""
 
 import gzip
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -82,28 +83,32 @@ def _vocabulary(clean: str) -> _Vocabulary:
 
 
 @dataclass(frozen=True)
-class OpenClipTokenizer:
-    """Any other tokenizer that open_clip knows; its rows are padded to the context length by itself.
+class FolderTokenizer:
+    """A tokenizer of transformers, as open_clip sets it up; it pads its rows to the context length itself.
 
     Args:
-        name: What `open_clip.get_tokenizer` is asked for.
+        folder: Holds its files.
         context_length: Ids of a row.
+        settings: JSON of open_clip's `tokenizer_kwargs`, its `tokenizer_mode` among them.
     """
 
-    name: str
+    folder: str
     context_length: int
+    settings: str
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, padding included."""
-        rows: list[list[int]] = _open_clip_tokenizer(self.name)(
-            [text[:MAX_TEXT_CHARS] for text in texts], context_length=self.context_length
-        ).tolist()
+        if not texts:
+            return []
+        tokenizer = _folder_tokenizer(self.folder, self.settings)
+        cut = [text[:MAX_TEXT_CHARS] for text in texts]
+        rows: list[list[int]] = tokenizer(cut, context_length=self.context_length).tolist()
         return rows
 
 
-@cache
-def _open_clip_tokenizer(name: str) -> Callable[..., Any]:
-    import open_clip  # noqa: PLC0415 - seconds of imports
+@lru_cache(maxsize=4)
+def _folder_tokenizer(folder: str, settings: str) -> Callable[..., Any]:
+    from open_clip.tokenizer import HFTokenizer  # noqa: PLC0415 - seconds of imports
 
-    tokenizer: Callable[..., Any] = open_clip.get_tokenizer(name)
+    tokenizer: Callable[..., Any] = HFTokenizer(folder, **json.loads(settings))
     return tokenizer

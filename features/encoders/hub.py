@@ -3,7 +3,8 @@
 import os
 import socket
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,28 +24,65 @@ def fetch_from_hub(repository: str, filenames: Sequence[str], *, instead: str) -
     Raises:
         EncoderError: Not cached and no network, no such repository, or none of the files in it.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # noqa: PLC0415 - seconds of imports
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - seconds of imports
     from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415 - seconds of imports
 
+    cached = _cached(repository, filenames)
+    if cached is not None:
+        return cached
+    with _explained(repository, filenames, instead):
+        for filename in filenames:
+            try:
+                return Path(hf_hub_download(repository, filename))
+            except EntryNotFoundError:
+                continue
+    raise EncoderError(
+        f"the hub's repository {repository} has none of {', '.join(filenames)}; check its name."
+    )
+
+
+def fetch_folder_from_hub(
+    repository: str, patterns: Sequence[str], *, needed: Sequence[str], instead: str
+) -> Path:
+    """The cached folder of a repository's files that match ``patterns``, one of ``needed`` among them.
+
+    Raises:
+        EncoderError: As for `fetch_from_hub`.
+    """
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - seconds of imports
+
+    cached = _cached(repository, needed)
+    if cached is not None:
+        return cached.parent
+    with _explained(repository, needed, instead):
+        folder = Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    if any((folder / name).is_file() for name in needed):
+        return folder
+    raise EncoderError(f"the hub's repository {repository} has none of {', '.join(needed)}; check its name.")
+
+
+def _cached(repository: str, filenames: Sequence[str]) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415 - seconds of imports
+
     for filename in filenames:
-        cached = try_to_load_from_cache(repository, filename)
-        if isinstance(cached, str):
-            return Path(cached)
+        path = try_to_load_from_cache(repository, filename)
+        if isinstance(path, str):
+            return Path(path)
+    return None
+
+
+@contextmanager
+def _explained(repository: str, filenames: Sequence[str], instead: str) -> Iterator[None]:
+    """Say what could not be fetched and how to bring it here by hand."""
     wanted = f"{filenames[0]} of the hub's repository {repository}"
     by_hand = f"fetch it on a machine with network, bring it here and type {instead}"
     if not _hub_answers():
         raise EncoderError(f"no network to fetch {wanted}; {by_hand}.")
-    for filename in filenames:
-        try:
-            return Path(hf_hub_download(repository, filename))
-        except EntryNotFoundError:
-            continue
-        except Exception as error:  # the hub's client raises errors of several libraries
-            reason = str(error).strip().split("\n")[0]
-            raise EncoderError(f"could not fetch {wanted} ({reason}); {by_hand}.") from error
-    raise EncoderError(
-        f"the hub's repository {repository} has none of {', '.join(filenames)}; check its name."
-    )
+    try:
+        yield
+    except Exception as error:  # the hub's client raises errors of several libraries
+        reason = str(error).strip().split("\n")[0]
+        raise EncoderError(f"could not fetch {wanted} ({reason}); {by_hand}.") from error
 
 
 def _hub_answers() -> bool:
