@@ -74,6 +74,24 @@ def run(
     _run(load_config(config, RunConfig, set_ or []), prefect=prefect, store=store, force=force, json=json)
 
 
+@app.command(rich_help_panel=WHOLE)
+def config(
+    set_: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Print a whole run's configuration with every setting, its default and its meaning.
+
+    Example: `tandem config > shop.yaml`, then keep what you change.
+    """
+    from pipeline.config import RunConfig, parse_config, with_overrides
+    from pipeline.config_template import template
+
+    chosen = parse_config(with_overrides({}, set_ or []), RunConfig, "--set")
+    head = f"# A run of the store {store}; every line that holds a default may go.\n"
+    Output(as_json=json).show(chosen.model_dump(mode="json"), head + template(chosen))
+
+
 def _run(config: RunConfig, *, prefect: bool, store: str, force: bool, json: bool) -> None:
     from pipeline.two_stage import PlainStages, run_two_stage
 

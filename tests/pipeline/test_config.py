@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.config import FeatureSetConfig, RunConfig, load_config, parse_config, with_overrides
+from pipeline.config_template import template
 from pipeline.errors import ConfigError
 from recommenders.errors import RecommenderError
+from tests.pipeline.small_runs import SMALL_RUN
 
 
 def test_an_empty_file_is_the_default_run(tmp_path: Path) -> None:
@@ -79,9 +82,24 @@ def test_an_override_that_is_none_is_refused(override: str) -> None:
     ],
 )
 def test_a_metric_that_nobody_measures_is_refused_before_the_work(raw: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="is not measured at evaluation.ks"):
+    with pytest.raises(ConfigError, match=r"is not measured at evaluation\.ks"):
         parse_config(raw, RunConfig)
 
 
 def test_a_feature_set_names_its_encoders_by_modality() -> None:
     assert FeatureSetConfig(image="tiny", text="random").encoders() == {"image": "tiny", "text": "random"}
+
+
+def test_the_template_of_a_configuration_reads_back_to_it() -> None:
+    config = parse_config(SMALL_RUN, RunConfig)
+    text = template(config)
+    assert parse_config(yaml.safe_load(text), RunConfig) == config
+    assert "# Most passes over the training pairs." in text
+    assert "# One of" not in text.split("dataset:")[0]
+
+
+def test_the_documented_configuration_is_the_default_one() -> None:
+    documented = Path(__file__).parents[2] / "docs" / "configuration.yaml"
+    assert documented.read_text().split("\n", 1)[1] == template(RunConfig()), (
+        "run: tandem config > docs/configuration.yaml"
+    )
