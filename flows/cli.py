@@ -89,7 +89,7 @@ def config(
 
     chosen = parse_config(with_overrides({}, set_ or []), RunConfig, "--set")
     head = f"# A run of the store {store}; every line that holds a default may go.\n"
-    Output(as_json=json).show(chosen.model_dump(mode="json"), head + template(chosen))
+    Output(as_json=json).show(chosen.model_dump(mode="json"), head + template(chosen).rstrip())
 
 
 def _run(config: RunConfig, *, prefect: bool, store: str, force: bool, json: bool) -> None:
