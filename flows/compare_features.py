@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.comparison.config import ComparisonConfig
-from pipeline.stages.compare_features import compare_features
 from prefect import State, flow
 
 from flows.tasks import run_stage
+from pipeline.comparison.config import ComparisonConfig
+from pipeline.stages.compare_features import compare_features
 
 NAME = "compare-features"
 DEFAULTS = ComparisonConfig()

@@ -24,6 +24,10 @@ from flows.worker import wait_for_api
 DEPLOYMENT = "default"
 """The name of the deployment of each flow; add one of another name for another set of parameters."""
 
+ENGINE = "python -m prefect.engine"
+"""Prefect's own command prepares a folder and its dependencies in a process before this one, which a package
+that is installed does not need: naming the command saves that process, about three seconds a run."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -77,7 +81,7 @@ async def deploy(client: PrefectClient, served: Sequence[Served], working_dir: P
             work_queue_name=entry.queue.name,
             tags=list(entry.tags),
             schedules=[entry.schedule] if entry.schedule else [],
-            job_variables={"working_dir": str(working_dir.resolve())},
+            job_variables={"working_dir": str(working_dir.resolve()), "command": ENGINE},
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
         await keep_schedules(client, deployment)

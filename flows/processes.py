@@ -108,3 +108,10 @@ def kill(processes: Iterable[psutil.Process], wait_s: float = 5.0) -> None:
     deadline = time.monotonic() + wait_s  # one that hangs in the kernel may take longer than anybody waits
     while any(is_alive(process) for process in waiting) and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+def end_children(grace_s: float) -> None:
+    """Ask our own children to end, with time to say so, and kill what is left of them and below them."""
+    everything = process_tree(os.getpid())
+    kill(terminate(psutil.Process().children(), grace_s))
+    kill(everything)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from features.indexing import IndexConfig
-from pipeline.comparison.config import ComparisonConfig
 from prefect import State, flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.settings import temporary_settings
 from prefect.states import Completed
 
+from features.indexing import IndexConfig
 from flows.build_index import build_index_flow
 from flows.compare_features import compare_features_flow
 from flows.extract_features import extract_features_flow
@@ -20,6 +19,7 @@ from flows.prepare_dataset import prepare_dataset_flow
 from flows.reporting import TERMINAL, artifact_key, mark_as_reused, markdown_table
 from flows.tasks import CACHED, failed, open_store, store_address, value_of
 from flows.train_recommender import train_recommender_flow
+from pipeline.comparison.config import ComparisonConfig
 from pipeline.config import RunConfig
 from pipeline.datasets.config import DatasetConfig
 from pipeline.errors import USER_ERRORS

@@ -13,16 +13,16 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 from prefect.client.orchestration import get_client
 from prefect.workers.process import ProcessWorker
 
 from flows.places import is_healthy
 from flows.pool import POOL, crash_orphans, crash_when_silent, other_workers, prepare_pool
-from flows.processes import kill, process_tree, terminate
+from flows.processes import end_children
 
 FLOW_GRACE_S = 10.0
 """How long a flow process may take to say that it was ended, before it is killed."""
@@ -65,7 +65,8 @@ async def run_worker(name: str, ready_file: Path | None, timeout_s: float) -> in
         if working.done():
             working.result()  # raises what ended it
             return 1
-        end_flow_processes()
+        # It blocks the event loop on purpose: the worker must not take new runs meanwhile.
+        end_children(FLOW_GRACE_S)
     finally:
         stopping.cancel()
         working.cancel()
@@ -85,16 +86,6 @@ async def report_orphans(name: str, message: str) -> None:
             log.warning("Run %r has no process any more; it is marked as crashed.", run)
 
 
-def end_flow_processes(grace_s: float = FLOW_GRACE_S) -> None:
-    """End the processes of the flow runs, each with the time to report itself as crashed.
-
-    It blocks the event loop on purpose: the worker must not take new runs meanwhile.
-    """
-    everything = process_tree(os.getpid())
-    kill(terminate(psutil.Process().children(), grace_s))
-    kill(everything)  # what a flow process had started itself
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and work."""
     parser = argparse.ArgumentParser(prog="python -m flows.worker", description=__doc__)
@@ -102,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ready-file", type=Path, default=None, help="file to make once runs are taken")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds to wait for the server")
     options = parser.parse_args(arguments)
+    # The command of a flow run says `python`: this one, also where the environment is not activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return asyncio.run(run_worker(options.name, options.ready_file, options.timeout))
 
 

@@ -111,7 +111,7 @@ class TestWithServer:
         found = self.run(work)
         assert (found.work_pool_name, found.work_queue_name, found.tags) == ("tandem", "cpu", ["stage"])
         assert found.entrypoint == "tests.flows.dummy.toy_flow"
-        assert found.job_variables == {"working_dir": str(tmp_path)}
+        assert found.job_variables == {"working_dir": str(tmp_path), "command": "python -m prefect.engine"}
         assert found.description == "Keep a colour."
         assert set(found.parameter_openapi_schema["properties"]) == {"colour", "store", "name"}
 

@@ -91,3 +91,18 @@ def test_terminate_tells_who_stayed_and_takes_the_unreaped_for_ended() -> None:
     stubborn.wait()
     stubborn.stdout.close()
     assert not any(is_alive(process) for process in [*both, *below])
+
+
+def test_children_are_asked_to_end_before_they_are_killed() -> None:
+    ending = f"""
+import os, subprocess, sys
+from flows.processes import end_children, process_tree
+willing = subprocess.Popen([sys.executable, "-c", {WILLING!r}], stdout=-1, start_new_session=True)
+stubborn = subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], stdout=subprocess.PIPE)
+willing.stdout.readline(), stubborn.stdout.readline()
+end_children(grace_s=0.5)
+assert (willing.wait(), stubborn.wait()) == (-15, -9)
+assert not process_tree(os.getpid())
+"""
+    done = subprocess.run([sys.executable, "-c", ending], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

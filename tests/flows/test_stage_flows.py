@@ -155,7 +155,12 @@ def test_each_stage_runs_alone_and_finds_its_input_by_name(tmp_path: Path, prefe
         lambda: extract_features_flow("toys", config=image, name="looks", store=store, return_state=True),
         lambda: build_index_flow("looks", store=store, return_state=True),
         lambda: train_recommender_flow(
-            "toys", features=["looks"], config=small_training("itemknn_content"), name="one", store=store, return_state=True
+            "toys",
+            features=["looks"],
+            config=small_training("itemknn_content"),
+            name="one",
+            store=store,
+            return_state=True,
         ),
         lambda: train_recommender_flow(
             "toys", config=small_training("popularity"), name="two", store=store, return_state=True

@@ -29,6 +29,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.deployments import SERVED
 from flows.places import state_home
 from flows.processes import is_alive
+from pipeline.datasets.config import DatasetConfig
+from pipeline.stages.prepare_dataset import prepare_dataset
+from pipeline.store import Store
 
 pytestmark = [pytest.mark.prefect, pytest.mark.slow, pytest.mark.xdist_group("prefect")]
 TANDEM = [sys.executable, "-c", "from flows.cli import main; main()"]
@@ -40,6 +43,7 @@ SMALL: dict[str, Any] = {
     "recommenders": [{"model": "popularity"}, {"model": "itemknn_content"}],
     "seeds": [0],
 }
+EXTRACT = {"dataset": "toys", "config": {"encoder": "random:16", "modality": "image"}}
 
 
 @dataclass
@@ -134,11 +138,14 @@ def test_a_second_up_says_where_the_first_one_is(up: Up) -> None:
 
 def test_foreign_pages_cannot_start_runs(up: Up) -> None:
     def status(method: str, headers: dict[str, str]) -> int:
-        request = urllib.request.Request(
-            f"{up.url}/api/flow_runs/", data=b"{}" if method == "POST" else None, headers=headers, method=method
+        request = urllib.request.Request(  # noqa: S310 - our own server
+            f"{up.url}/api/flow_runs/",
+            data=b"{}" if method == "POST" else None,
+            headers=headers,
+            method=method,
         )
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
+            with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310 - our own server
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             error.close()
@@ -149,34 +156,30 @@ def test_foreign_pages_cannot_start_runs(up: Up) -> None:
     assert status("POST", {"Content-Type": "application/json"}) == 403
 
 
-def test_runs_started_in_the_ui_complete_one_gpu_flow_at_a_time_and_reuse(
-    up: Up, client: SyncPrefectClient
-) -> None:
-    dataset = wait(client, start(client, "prepare-dataset", {"config": SMALL["dataset"], "name": "toys"}))
-    assert (dataset.state_name, dataset.name) == ("Completed", "demo")
-    config = {"encoder": "random:16", "modality": "image"}
-    extract = start(client, "extract-features", {"dataset": "toys", "config": config})
+def test_runs_started_in_the_ui_complete_one_gpu_flow_at_a_time(up: Up, client: SyncPrefectClient) -> None:
+    store = Store(up.store)
+    dataset = prepare_dataset(store, DatasetConfig.model_validate(SMALL["dataset"]))
+    store.name("toys", dataset.artefact)
+    extract = start(client, "extract-features", EXTRACT)
     two_stage = start(client, "two-stage", {"config": SMALL})
-    runs = sorted((wait(client, run_id) for run_id in (extract, two_stage)), key=lambda run: str(run.start_time))
+    runs = [wait(client, run_id) for run_id in (extract, two_stage)]
     assert {run.state_name for run in runs} == {"Completed"}
-    earlier, later = runs
+    earlier, later = sorted(runs, key=lambda run: str(run.start_time))
     assert earlier.end_time is not None
     assert later.start_time is not None
     assert later.start_time >= earlier.end_time, "the gpu queue let two flows run at once"
     keys = artifact_keys(client, extract)
-    assert {"extract-features-random-16-image", "extract-features-progress"} <= keys
+    assert {"extract-features-random-16-image", "extract-features-random-16-image-figures"} <= keys
     assert {"two-stage-small", "two-stage-small-stages"} <= artifact_keys(client, two_stage)
-    again = wait(client, start(client, "two-stage", {"config": SMALL}))
-    assert again.state_name == "Cached"
-    assert again.name == "small (reused)"
-    assert "reused" in again.tags
 
 
-def test_tandem_run_shows_its_run_on_the_server_that_is_up(
+def test_second_runs_show_that_everything_was_reused(
     up: Up, client: SyncPrefectClient, tmp_path: Path
 ) -> None:
+    """From the UI, and from ``tandem run``, whose run the server shows."""
+    extract = start(client, "extract-features", EXTRACT)
     config = tmp_path / "small.yaml"
-    config.write_text(yaml.safe_dump({**SMALL, "name": "typed"}))
+    config.write_text(yaml.safe_dump(SMALL))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     done = subprocess.run(
         [*TANDEM, "run", str(config), "--store", str(up.store), "--json"],
@@ -187,8 +190,15 @@ def test_tandem_run_shows_its_run_on_the_server_that_is_up(
         timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["stages"]) == 6
-    assert "typed" in {run.name.removesuffix(" (reused)") for run in client.read_flow_runs()}
+    assert json.loads(done.stdout)["reused"] == 6
+    again = wait(client, extract)
+    assert (again.state_name, again.name, sorted(again.tags)) == (
+        "Cached",
+        "random:16 image (reused)",
+        ["gpu", "reused", "stage"],
+    )
+    typed = next(run for run in client.read_flow_runs() if run.name == "small (reused)")
+    assert (typed.state_name, typed.deployment_id) == ("Cached", None)
 
 
 def test_stopping_leaves_no_process_and_tells_what_became_of_the_runs(
