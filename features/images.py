@@ -11,7 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 import fsspec
+import fsspec.core
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, Field, PositiveInt
 
@@ -76,7 +78,12 @@ def open_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
     if len(data) > limits.max_bytes:
         raise UnreadableImage(f"the file has {len(data):,} bytes; at most {limits.max_bytes:,} are read")
     image = _decode(data, limits)
-    return _upright(_to_rgb(image), _orientation(image))
+    try:
+        return _upright(_to_rgb(image), _orientation(image))
+    except (ValueError, OSError) as error:  # a rare mode that Pillow decodes, but knows no way out of
+        raise UnreadableImage(
+            f"colours of mode {image.mode} are not converted: {_first_line(error)}"
+        ) from error
 
 
 def _decode(data: bytes, limits: ImageLimits) -> Image.Image:
@@ -118,15 +125,23 @@ def read_picture(image_root: str, path: str, limits: ImageLimits | None = None) 
     if not inside.parts or inside.is_absolute() or ".." in inside.parts or "\0" in path or "\\" in path:
         raise UnreadableImage(f"{path!r} is not a path inside the folder of the pictures")
     try:
-        if "://" in image_root:
-            with fsspec.open(f"{image_root.rstrip('/')}/{path}", "rb") as remote:
-                return _read_bounded(remote, max_bytes)
-        with _open_inside(Path(image_root), path) as local:
-            return _read_bounded(local, max_bytes)
+        with _open_below(image_root, path) as file:
+            return _read_bounded(file, max_bytes)
     except FileNotFoundError:
         raise UnreadableImage(f"there is no file {path!r} in the folder of the pictures") from None
     except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
         raise UnreadableImage(f"{path!r} cannot be read: {error.strerror or _first_line(error)}") from None
+
+
+def _open_below(image_root: str, path: str) -> IO[bytes]:
+    """Open a file of a local folder or of a remote one; ``path`` is never read as a URL or a pattern."""
+    if "://" not in image_root:
+        return _open_inside(Path(image_root), path)
+    system, root = fsspec.core.url_to_fs(image_root)
+    if isinstance(system, LocalFileSystem):
+        return _open_inside(Path(root), path)
+    remote: IO[bytes] = system.open(f"{root.rstrip('/')}/{path}", "rb")
+    return remote
 
 
 def _open_inside(root: Path, path: str) -> IO[bytes]:
@@ -134,11 +149,11 @@ def _open_inside(root: Path, path: str) -> IO[bytes]:
     real = (root / path).resolve()
     if not real.is_relative_to(root.resolve()):
         raise UnreadableImage(f"{path!r} leads out of the folder of the pictures")
-    file = os.fdopen(os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")  # a pipe must not block
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    handle = os.open(real, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe must not block
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
         raise UnreadableImage(f"{path!r} is not a file")
-    return file
+    return os.fdopen(handle, "rb")
 
 
 def _read_bounded(file: IO[bytes], max_bytes: int) -> bytes:
@@ -159,18 +174,13 @@ def _check_size(image: Image.Image, limits: ImageLimits) -> None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB before any resizing: resizing palette indices or hidden colours gives other pixels."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_grey(image).convert("RGB")
     if image.has_transparency_data:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
         return opaque.convert("RGB")
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _deep_grey(image).convert("RGB")
-    try:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except ValueError:  # LAB: Pillow knows it, but not the way from there
-        raise UnreadableImage(
-            f"its colours are {image.mode}, which is not converted; save it as RGB"
-        ) from None
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _deep_grey(image: Image.Image) -> Image.Image:
@@ -182,7 +192,11 @@ def _deep_grey(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
     if values.min() < 0 or values.max() > 65_535:
         raise UnreadableImage("grey of more than 16 bits: no telling what is white")
-    return Image.fromarray(((values.astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8))
+    grey = (values.astype(np.uint32) * 255 + 32_767) // 65_535
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -28,15 +28,16 @@ def photo(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
     return Image.fromarray((ramp + rng.integers(0, 50, ramp.shape)).astype(np.uint8))
 
 
-def png(width: int, height: int, depth: int, kind: int, rows: bytes) -> bytes:
+def png(width: int, height: int, depth: int, kind: int, rows: bytes, transparent: bytes = b"") -> bytes:
     """A PNG written by hand: Pillow cannot save 16-bit colour, nor a header that lies."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
+    key = chunk(b"tRNS", transparent) if transparent else b""
+    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + key + body
 
 
 def pixels(data: bytes) -> np.ndarray:
@@ -123,6 +124,23 @@ def test_16_bit_colour_is_scaled_not_clipped() -> None:
 def test_16_bit_colour_with_alpha_is_laid_over_white() -> None:
     row = b"\0" + struct.pack(">8H", 65_535, 0, 0, 65_535, 0, 0, 0, 0)
     assert pixels(png(2, 1, 16, 6, row)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
+def test_transparent_16_bit_grey_turns_white() -> None:
+    row = b"\0" + struct.pack(">3H", 300, 0, 65_535)
+    assert pixels(png(3, 1, 16, 0, row, struct.pack(">H", 300)))[0, :, 0].tolist() == [255, 0, 255]
+
+
+def test_a_mode_without_a_conversion_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(photo().convert("YCbCr"), "TIFF")
+    assert open_image(data).mode == "RGB"
+
+    def convert(image: Image.Image, mode: str) -> Image.Image:
+        raise ValueError(f"conversion from {image.mode} to {mode} not supported")
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(UnreadableImage, match=r"colours of mode YCbCr are not converted: conversion from"):
+        open_image(data)
 
 
 def test_float_grey_of_0_to_1_is_scaled_and_other_ranges_are_refused() -> None:
@@ -287,6 +305,25 @@ def test_bytes_are_read_from_a_remote_folder() -> None:
         read_picture("memory://pictures", "b.png")
     with pytest.raises(UnreadableImage, match="more than the 3 bytes"):
         read_picture("memory://pictures", "a/x.png", ImageLimits(max_bytes=3))
+
+
+def test_a_path_is_never_read_as_a_url_or_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    with fsspec.open("memory://pictures/a.png", "wb") as file:
+        file.write(b"content")
+    for path in (f"x::file://{tmp_path}/secret", f"file://{tmp_path}/secret", "*.png"):
+        with pytest.raises(UnreadableImage, match="there is no file"):
+            read_picture("memory://pictures", path)
+
+
+def test_a_file_url_is_the_local_folder_links_that_leave_it_included(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "root" / "x.png").write_bytes(b"content")
+    (tmp_path / "root" / "link.png").symlink_to(tmp_path / "secret")
+    assert read_picture(f"file://{tmp_path}/root", "x.png") == b"content"
+    with pytest.raises(UnreadableImage, match="leads out of the folder"):
+        read_picture(f"file://{tmp_path}/root", "link.png")
 
 
 @pytest.mark.parametrize("path", ["../secret", "a/../../secret", "/etc/passwd", "", "a\0b", "..\\secret"])
