@@ -13,6 +13,7 @@ from pipeline.console import (
     DEFAULT_STORE,
     ForceOption,
     JsonOption,
+    NameOption,
     Output,
     SetOption,
     StoreOption,
@@ -22,7 +23,8 @@ from pipeline.console import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.store import Artefact
+    from pipeline.stages.result import StageResult
+    from pipeline.store import Artefact, Store
 
 app = typer.Typer(
     name="tandem",
@@ -37,13 +39,20 @@ app = typer.Typer(
 STAGES = "One stage at a time"
 
 
+def _finish(out: Output, store: Store, result: StageResult, name: str) -> None:
+    """Name a stage's artefact if a name was given, and show it."""
+    if name:
+        store.name(name, result.artefact)
+    out.show(result.to_json(), result.line())
+
+
 @app.command(rich_help_panel=STAGES)
 def dataset(
     config: Annotated[
         Path | None, typer.Argument(help="YAML file of a dataset; without it, the demo catalogue.")
     ] = None,
     set_: SetOption = None,
-    name: Annotated[str, typer.Option(help="Keep the dataset under this name.")] = "",
+    name: NameOption = "",
     store: StoreOption = DEFAULT_STORE,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -63,10 +72,7 @@ def dataset(
     else:
         settings = load_config(config, DatasetConfig, overrides)
     opened = open_store(store, out)
-    result = prepare_dataset(opened, settings, reporter=out.reporter, force=force)
-    if name:
-        opened.name(name, result.artefact)
-    out.show(result.to_json(), result.line())
+    _finish(out, opened, prepare_dataset(opened, settings, reporter=out.reporter, force=force), name)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -80,6 +86,7 @@ def extract(
             "--retry-failed", help="Try the unreadable rows of these features again, and only those."
         ),
     ] = False,
+    name: NameOption = "",
     set_: SetOption = None,
     store: StoreOption = DEFAULT_STORE,
     force: ForceOption = False,
@@ -95,20 +102,22 @@ def extract(
 
     out = Output(as_json=json)
     raw = with_overrides({"encoder": encoder, "modality": modality}, set_ or [])
+    opened = open_store(store, out)
     result = extract_features(
-        open_store(store, out),
+        opened,
         dataset,
         parse_config(raw, FeaturesConfig, "--set"),
         reporter=out.reporter,
         force=force,
         retry_failed=retry_failed,
     )
-    out.show(result.to_json(), result.line())
+    _finish(out, opened, result, name)
 
 
 @app.command(rich_help_panel=STAGES)
 def index(
     source: Annotated[str, typer.Argument(help="Feature artefact, or a run (its item embeddings).")],
+    name: NameOption = "",
     set_: SetOption = None,
     store: StoreOption = DEFAULT_STORE,
     force: ForceOption = False,
@@ -124,8 +133,8 @@ def index(
 
     out = Output(as_json=json)
     settings = parse_config(with_overrides({}, set_ or []), IndexConfig, "--set")
-    result = build_index(open_store(store, out), source, settings, reporter=out.reporter, force=force)
-    out.show(result.to_json(), result.line())
+    opened = open_store(store, out)
+    _finish(out, opened, build_index(opened, source, settings, reporter=out.reporter, force=force), name)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -137,6 +146,7 @@ def train(
     ] = None,
     model: Annotated[str, typer.Option(help="`tandem recommenders` lists them.")] = "vbpr",
     seed: Annotated[int, typer.Option(help="Of initial parameters, sampling and order.")] = 0,
+    name: NameOption = "",
     set_: SetOption = None,
     store: StoreOption = DEFAULT_STORE,
     force: ForceOption = False,
@@ -152,16 +162,15 @@ def train(
     out = Output(as_json=json)
     raw = with_overrides({"model": model, "seed": seed}, set_ or [])
     settings = parse_config(raw, RunSettings, "--set")
-    result = train_recommender(
-        open_store(store, out), dataset, features or [], settings, reporter=out.reporter, force=force
-    )
-    out.show(result.to_json(), result.line())
+    opened = open_store(store, out)
+    result = train_recommender(opened, dataset, features or [], settings, reporter=out.reporter, force=force)
+    _finish(out, opened, result, name)
 
 
 @app.command(rich_help_panel=STAGES)
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Runs to compare: names, keys or folders.")],
-    name: Annotated[str, typer.Option(help="Keep the comparison under this name.")] = "",
+    name: NameOption = "",
     set_: SetOption = None,
     store: StoreOption = DEFAULT_STORE,
     force: ForceOption = False,

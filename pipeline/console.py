@@ -39,6 +39,9 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Change one setting, e.g. --set training.epochs=20. Repeatable."
     ),
 ]
+NameOption = Annotated[
+    str, typer.Option(help="Keep the artefact under this name, for later commands and from `gc`.")
+]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Make the artefact again although the store has it.")
 ]
