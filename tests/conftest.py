@@ -5,8 +5,33 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadGroupScheduling
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadGroupScheduling | None:
+    """Keep the tests that need a Prefect server in one worker.
+
+    They are marked with ``xdist_group``, which pytest-xdist 3.8 does not see under pytest 9.2
+    (github.com/pytest-dev/pytest-xdist/issues/1386): each worker would start servers of its own.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadGroupScheduling
+
+    class OneWorkerForFlows(LoadGroupScheduling):
+        """Groups by folder what the mark fails to group."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return "prefect" if nodeid.startswith("tests/flows/") else super()._split_scope(nodeid)
+
+    return OneWorkerForFlows(config, log)
 
 
 @pytest.fixture

@@ -49,5 +49,5 @@ def toy_flow(colour: str = "blue", *, store: str = "", name: str = "") -> State[
         store,
         lambda opened, reporter: toy_stage(opened, colour, reporter),
         name=name,
-        following=lambda result: [NextStep("Again", "toy", {"colour": result.artefact.slug})],
+        following=lambda result: [NextStep("Again", "not served", {"colour": result.artefact.slug})],
     )

@@ -13,6 +13,7 @@ from prefect.client.schemas.schedules import CronSchedule
 
 from flows.deployments import NIGHTLY, SERVED, Served, deploy
 from flows.pool import CPU, GPU, prepare_pool
+from flows.reporting import NextStep, deployment_id
 
 T = TypeVar("T")
 with_server = [
@@ -114,6 +115,17 @@ class TestWithServer:
         assert found.job_variables == {"working_dir": str(tmp_path), "command": "python -m prefect.engine"}
         assert found.description == "Keep a colour."
         assert set(found.parameter_openapi_schema["properties"]) == {"colour", "store", "name"}
+
+    def test_a_result_links_to_the_form_of_a_served_flow(self, tmp_path: Path) -> None:
+        async def work(client: PrefectClient) -> DeploymentResponse:
+            return await self.registered(client, tmp_path)
+
+        found = self.run(work)
+        deployment_id.cache_clear()  # it may have been asked before the flow was served
+        url = NextStep("Again", "toy", {"colour": "red"}).url()
+        assert url.startswith("http://127.0.0.1:")
+        assert f"/v2/deployments/deployment/{found.id}/run?parameters=" in url
+        assert NextStep("Again", "nothing", {}).url() == ""
 
     def test_schedules_made_in_the_ui_and_the_switch_outlive_the_next_start(self, tmp_path: Path) -> None:
         async def work(client: PrefectClient) -> DeploymentResponse:
