@@ -26,10 +26,10 @@ class VbprConfig(BaseModel, frozen=True, extra="forbid"):
     dim: PositiveInt = Field(64, description="Length K of the latent factors gamma of users and items.")
     content_dim: PositiveInt = Field(64, description="Length A that features are projected to.")
     l2: NonNegativeFloat = Field(
-        1e-4, description="Weight of the squared length of the factors and biases in a batch."
+        0.05, description="Weight of the squared length of the factors and biases in a batch."
     )
     l2_projection: NonNegativeFloat = Field(
-        0.0, description="Weight of the squared length of the projection E and the content bias."
+        1e-3, description="Weight of the squared length of the projection E and the content bias."
     )
 
 
@@ -44,6 +44,9 @@ class Vbpr(Recommender):
     factors and biases of u, i and j, plus l2_projection / 2 times the squares of E and beta', of which every
     row uses all. gamma, theta and E start from Xavier's uniform distribution, biases at 0. (E and theta must
     not both start at 0: the gradient of each is a multiple of the other.)
+
+    The defaults were chosen on validation in a simulation (1,500 users, 1,000 items, choices caused by two
+    modalities): with l2_projection 0, E fits noise, and random features cost half of the Recall@20 of BPR-MF.
     """
 
     needs_features = True
