@@ -5,6 +5,7 @@ Nothing here imports prefect before its environment is set; import this module, 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ def run_two_stage_with_prefect(
     from flows.tasks import value_of  # noqa: PLC0415
     from flows.two_stage import two_stage_flow  # noqa: PLC0415
 
+    _quiet()
     token = TERMINAL.set(reporter)
     try:
         return value_of(two_stage_flow(config, store=store.url, force=force, return_state=True))
@@ -65,6 +67,11 @@ def _choose_server(store: str, reporter: Reporter) -> None:
         )
     os.environ.pop("PREFECT_API_URL", None)
     os.environ.update(client_environment(home, api_url))
-    # The terminal shows the stages' own words; the run's log, with Prefect's, is in the UI.
-    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+
+
+def _quiet() -> None:
+    """Keep Prefect's log in the UI: the terminal shows the stages' own words, and warnings of any package."""
+    logging.getLogger("prefect").propagate = False
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(max(handler.level, logging.WARNING))

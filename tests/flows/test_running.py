@@ -55,10 +55,26 @@ def test_a_named_server_that_is_silent_is_told(environment: pytest.MonkeyPatch) 
     assert words.said[0].startswith("Prefect: http://127.0.0.1:9/api does not answer; a temporary server")
 
 
-def test_the_terminal_shows_the_stages_words_only(environment: pytest.MonkeyPatch) -> None:
-    environment.setattr(running, "running_server", lambda store: "")
-    running._choose_server("/shop", Words())
-    assert os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] == "CRITICAL"
+def test_the_terminal_shows_warnings_of_any_package_but_nothing_of_prefect() -> None:
+    code = """
+import logging
+logging.basicConfig(level=logging.WARNING, format="shown: %(message)s")
+from flows.running import _quiet
+from prefect.logging.configuration import setup_logging
+logging.getLogger("pipeline").setLevel(logging.INFO)
+_quiet()
+setup_logging()  # as the first flow run does
+logging.getLogger("prefect.flow_runs").error("a failed run")
+logging.getLogger("pipeline.store").info("a detail")
+logging.getLogger("pipeline.store").warning("a warning")
+"""
+    environment = {**os.environ, "PREFECT_LOGGING_TO_API_ENABLED": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "a warning" in done.stderr
+    assert "a failed run" not in done.stderr
+    assert "a detail" not in done.stderr
 
 
 @pytest.mark.parametrize("module", ["flows", "flows.cli", "flows.running", "flows.server", "flows.places"])
