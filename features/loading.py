@@ -110,15 +110,15 @@ def choose_workers(
 ) -> Workers:
     """Threads, except for many pictures on a GPU: there Python's lock holds threads back.
 
+    Pillow decodes and resizes without the lock, so that threads cost nothing to start and share the tensors.
+    Beside a ViT-B/32 on two cores one thread or two make no difference (a picture takes it 1 ms, the model
+    100), and processes spend a quarter of 200 pictures' time on their start.
+
     Args:
         kind: What the settings ask for.
         count: How many they ask for; 0 chooses.
         n_pictures: Pictures to load; 0 where only texts are encoded.
         device: The encoder's.
-
-    Pillow decodes and resizes without the lock, so that threads cost nothing to start and share the tensors.
-    Beside a model on a CPU one thread is enough (a picture takes it 2 ms, a ViT-B/32 20 ms or more), and more
-    would only take cores from the model; see benchmarks/results/extraction.md.
     """
     n_cores = _usable_cores()
     if kind == "auto":
@@ -127,7 +127,7 @@ def choose_workers(
     if count == 0 and n_pictures == 0:
         count = 1  # tokenizers hold Python's lock; a second thread would gain nothing
     elif count == 0:
-        count = max(1, n_cores // 4) if device.type == "cpu" else max(1, min(n_cores - 1, 12))
+        count = max(1, min(n_cores // 2 if device.type == "cpu" else n_cores - 1, 12))
     return Workers(kind, count)
 
 

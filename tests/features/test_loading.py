@@ -104,7 +104,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
     ("n_cores", "device", "n_pictures", "free_bytes", "expected"),
     [
         (2, CPU, 10**6, 2**34, Workers("threads", 1)),
-        (64, CPU, 10**6, 2**34, Workers("threads", 16)),
+        (8, CPU, 10**6, 2**34, Workers("threads", 4)),
         (16, GPU, 100, 2**34, Workers("threads", 12)),
         (16, GPU, 10**6, 2**34, Workers("processes", 12)),
         (16, GPU, 10**6, 2**26, Workers("threads", 12)),
