@@ -1,4 +1,4 @@
-"""What is served: one deployment per flow; ``python -m flows.deployments`` registers them with the server."""
+"""What is served: a deployment per flow and of its name; ``python -m flows.deployments`` registers them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows.pool import CPU, GPU, POOL, Queue, prepare_pool
 from flows.worker import wait_for_api
-
-DEPLOYMENT = "default"
-"""The name of the deployment of each flow; add one of another name for another set of parameters."""
 
 ENGINE = "python -m prefect.engine"
 """Prefect's own command prepares a folder and its dependencies in a process before this one, which a package
@@ -75,7 +72,7 @@ async def deploy(client: PrefectClient, served: Sequence[Served], working_dir: P
     for entry in served:
         flow = entry.load()
         deployment = await flow.ato_deployment(
-            DEPLOYMENT,
+            flow.name,  # the list in the UI shows it in large letters, before the flow's own name
             description=(flow.description or "").split("\n\nArgs:")[0],  # the form shows the arguments
             work_pool_name=POOL,
             work_queue_name=entry.queue.name,

@@ -205,7 +205,7 @@ def deployment_id(flow: str) -> str:
     """The id of a flow's deployment; "" where it is not served."""
     with get_client(sync_client=True) as client:
         try:
-            return str(client.read_deployment_by_name(f"{flow}/default").id)
+            return str(client.read_deployment_by_name(f"{flow}/{flow}").id)
         except ObjectNotFound:
             return ""
 

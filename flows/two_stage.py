@@ -16,7 +16,7 @@ from flows.build_index import build_index_flow
 from flows.compare_features import compare_features_flow
 from flows.extract_features import extract_features_flow
 from flows.prepare_dataset import prepare_dataset_flow
-from flows.reporting import TERMINAL, artifact_key, mark_as_reused, markdown_table
+from flows.reporting import TERMINAL, artifact_key, mark_as_reused, markdown_table, short
 from flows.tasks import CACHED, failed, open_store, store_address, value_of
 from flows.train_recommender import train_recommender_flow
 from pipeline.comparison.config import ComparisonConfig
@@ -99,25 +99,27 @@ class SubflowStages:
 
 
 def show_stages(name: str, result: TwoStageResult) -> str:
-    """Leave the stages and the comparison as a page and a table; returns the headline."""
+    """Leave the stages and the comparison as a page and a table; returns how many were reused."""
     every = result.all()
     n_reused = sum(stage.reused for stage in every)
     message = f"{len(every)} stages, {n_reused} reused"
+    best = result.comparison.summary if result.comparison else {}
+    headline = ", ".join([message, *(f"{name} {short(value)}" for name, value in best.items())])
     rows = [
         {
             "artefact": stage.artefact.ref,
             "state": "reused" if stage.reused else "made",
             "seconds": round(stage.artefact.manifest.seconds, 1),
-            "figures": ", ".join(f"{key} {value}" for key, value in stage.summary.items()),
+            "figures": ", ".join(f"{key} {short(value)}" for key, value in stage.summary.items()),
         }
         for stage in every
     ]
-    create_table_artifact(rows, key=artifact_key(NAME, name, "stages"), description=message)
+    create_table_artifact(rows, key=artifact_key(NAME, name, "stages"), description=headline)
     page = [f"# {name}", message]
     if result.comparison is not None:
         page.append(result.comparison.artefact.path("comparison.md").read_text(encoding="utf-8"))
     page.append(
         markdown_table(("artefact", "state", "seconds", "figures"), [list(row.values()) for row in rows])
     )
-    create_markdown_artifact("\n\n".join(page), key=artifact_key(NAME, name), description=message)
+    create_markdown_artifact("\n\n".join(page), key=artifact_key(NAME, name), description=headline)
     return message

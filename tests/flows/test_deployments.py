@@ -102,8 +102,8 @@ class TestWithServer:
 
     @staticmethod
     async def registered(client: PrefectClient, folder: Path) -> DeploymentResponse:
-        assert await deploy(client, [TOY], folder) == ["toy/default"]
-        return await client.read_deployment_by_name("toy/default")
+        assert await deploy(client, [TOY], folder) == ["toy/toy"]
+        return await client.read_deployment_by_name("toy/toy")
 
     def test_a_flow_is_registered_with_its_queue_folder_and_form(self, tmp_path: Path) -> None:
         async def work(client: PrefectClient) -> DeploymentResponse:

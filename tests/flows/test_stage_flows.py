@@ -111,7 +111,8 @@ def test_two_stage_shows_the_comparison_and_its_stages(two_stage_twice: TwoRuns)
     assert set(made) == {"two-stage-small", "two-stage-small-stages"}
     comparison = Store(two_stage_twice.store).get("small", "comparison")
     assert comparison.path("comparison.md").read_text() in str(made["two-stage-small"].data)
-    assert made["two-stage-small"].description == "6 stages, 0 reused"
+    assert str(made["two-stage-small"].description).startswith("6 stages, 0 reused, ")
+    assert "best on validation" in str(made["two-stage-small"].description)
 
 
 def test_flows_make_the_very_artefacts_of_the_plain_functions(
