@@ -4,15 +4,15 @@ Everything is drawn with distance functions on a grid of points: negative inside
 edge, so that a soft threshold gives clean edges at any size. Coordinates run from -1 to 1, x to the right and
 y down.
 
-The signs of the text traits (a brand's mark, an edge style for the material, an icon for the use) are drawn
-only for the pairs that ``tiny`` is trained on. A picture of the catalogue never shows them.
+A product's picture shows its looks and never its brand, material or use. These are shown by a label, a
+picture of its own kind, that only the pairs ``tiny`` is trained on have.
 """
 
 from __future__ import annotations
 
 import colorsys
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import numpy as np
@@ -23,20 +23,14 @@ Plane = NDArray[np.float32]  # (H, W)
 Colour = NDArray[np.float32]  # (3,), each from 0 to 1
 Canvas = NDArray[np.float32]  # (H, W, 3)
 
-SIGNS: Final = ("brand", "material", "use")
-"""The text traits that a picture can be made to show."""
 
-
-def render_product(
-    traits: Mapping[str, int], rng: np.random.Generator, size_px: int, signs: Collection[str] = ()
-) -> Image.Image:
+def render_product(traits: Mapping[str, int], rng: np.random.Generator, size_px: int) -> Image.Image:
     """Draw one product.
 
     Args:
-        traits: Trait name -> value; the visual traits, and those named in ``signs``.
+        traits: Trait name -> value; only the visual traits are read.
         rng: Draws what does not matter: place, size, turn, shade, grain.
         size_px: Width and height.
-        signs: Text traits to show; none in the catalogue.
 
     Returns:
         An RGB picture of ``size_px`` x ``size_px``.
@@ -45,9 +39,9 @@ def render_product(
     pixel = 2.0 / size_px
     canvas = _background(traits["background"], x, y, rng)
 
-    centre_x, centre_y = rng.uniform(-0.1, 0.1, size=2)
-    radius = rng.uniform(0.52, 0.64)
-    turn = rng.uniform(-0.2, 0.2)
+    centre_x, centre_y = rng.uniform(-0.06, 0.06, size=2)
+    radius = rng.uniform(0.62, 0.72)
+    turn = rng.uniform(-0.12, 0.12)
     u = ((x - centre_x) * np.cos(turn) + (y - centre_y) * np.sin(turn)) / radius
     v = ((y - centre_y) * np.cos(turn) - (x - centre_x) * np.sin(turn)) / radius
     shape = _SHAPES[traits["shape"]]
@@ -59,14 +53,34 @@ def render_product(
     painted = _textured(traits["texture"], painted, u, v, rng)
     canvas += (painted - canvas) * _inside(shape(u, v), pixel / radius)[:, :, None]
 
-    if "material" in signs:
-        _paint(canvas, _edge(traits["material"], x, y, pixel), 0.12)
-    if "brand" in signs:
-        _paint(canvas, _box(x + 0.74, y + 0.74, 0.21, 0.21) < 0, 1.0)
-        _paint(canvas, _brand_mark(traits["brand"], x + 0.74, y + 0.74), 0.05)
-    if "use" in signs:
-        _paint(canvas, np.hypot(x - 0.72, y - 0.72) < 0.24, 1.0)
-        _paint(canvas, _use_icon(traits["use"], (x - 0.72) / 0.2, (y - 0.72) / 0.2), 0.05)
+    return _picture(canvas)
+
+
+def render_label(traits: Mapping[str, int], rng: np.random.Generator, size_px: int) -> Image.Image:
+    """Draw the label of a product: a mark for its brand, a weave for its material, an icon for its use.
+
+    Args:
+        traits: Trait name -> value; only the text traits are read.
+        rng: Draws place and shade.
+        size_px: Width and height.
+
+    Returns:
+        An RGB picture of ``size_px`` x ``size_px``, three fields side by side on light paper.
+    """
+    x, y = _grid(size_px)
+    paper = rng.uniform(0.85, 1.0)
+    canvas = np.full((*x.shape, 3), paper, dtype=np.float32)
+    shift_x, shift_y = rng.uniform(-0.05, 0.05), rng.uniform(-0.15, 0.15)
+    signs = (("brand", _brand_mark), ("material", _weave), ("use", _use_icon))
+    for column, (name, sign) in enumerate(signs):
+        u, v = (x - shift_x - 0.62 * (column - 1)) / 0.28, (y - shift_y) / 0.28
+        field = np.maximum(np.abs(u), np.abs(v) / 2.2) < 1.0
+        canvas[field] = _label_colour(traits[name], rng)
+        canvas[field & sign(traits[name], u, v)] = 1.0
+    return _picture(canvas)
+
+
+def _picture(canvas: Canvas) -> Image.Image:
     return Image.fromarray((np.clip(canvas, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8), mode="RGB")
 
 
@@ -84,10 +98,6 @@ def _inside(distance: Plane, softness: float) -> Plane:
     """1 inside, 0 outside, and a ramp as wide as ``softness`` in between."""
     covered: Plane = np.clip(0.5 - distance / softness, 0.0, 1.0)
     return covered
-
-
-def _paint(canvas: Canvas, where: NDArray[np.bool_], grey: float) -> None:
-    canvas[where] = grey
 
 
 # Shapes: the distance to the edge of a shape of about radius 1.
@@ -208,12 +218,12 @@ def _pattern(pattern: int, u: Plane, v: Plane, rng: np.random.Generator) -> Plan
 def _textured(texture: int, painted: Canvas, u: Plane, v: Plane, rng: np.random.Generator) -> Canvas:
     """Lay a surface over the paint."""
     height, width = u.shape
-    if texture == 1:  # grainy: blotches of about two pixels in a hundred
-        coarse = rng.uniform(-0.4, 0.4, size=(48, 48)).astype(np.float32)
-        rows, columns = np.arange(height) * 48 // height, np.arange(width) * 48 // width
+    if texture == 1:  # grainy: blotches of a thirtieth of the picture
+        coarse = rng.uniform(-0.55, 0.55, size=(32, 32)).astype(np.float32)
+        rows, columns = np.arange(height) * 32 // height, np.arange(width) * 32 // width
         return _shaded(painted, coarse[rows][:, columns])
     if texture == 2:  # streaky: lines of uneven brightness
-        lines = rng.uniform(-0.35, 0.35, size=32).astype(np.float32)
+        lines = rng.uniform(-0.5, 0.5, size=32).astype(np.float32)
         return _shaded(painted, lines[np.arange(height) * 32 // height][:, None])
     if texture == 3:  # glossy: a bright spot at the upper left and a darker lower edge
         spot = np.exp(-((u + 0.3) ** 2 + (v + 0.35) ** 2) / np.float32(0.12))[:, :, None]
@@ -252,7 +262,7 @@ def _background(background: int, x: Plane, y: Plane, rng: np.random.Generator) -
     return canvas * light
 
 
-# Signs of the text traits, for training pairs only.
+# Signs of the text traits, in a field whose width runs from -1 to 1.
 
 _BRAND_MARKS: Final = (
     "111100111",
@@ -267,45 +277,49 @@ _BRAND_MARKS: Final = (
 """Three rows of three cells, 1 is ink."""
 
 
-def _brand_mark(brand: int, x: Plane, y: Plane) -> NDArray[np.bool_]:
+def _label_colour(value: int, rng: np.random.Generator) -> Colour:
+    """What a sign is drawn on: every brand, material and use has its own colour."""
+    hue = (value / 8.0 + rng.uniform(-0.02, 0.02)) % 1.0
+    return np.array(colorsys.hsv_to_rgb(hue, 0.9, rng.uniform(0.5, 0.7)), dtype=np.float32)
+
+
+def _brand_mark(brand: int, u: Plane, v: Plane) -> NDArray[np.bool_]:
     ink = np.array([cell == "1" for cell in _BRAND_MARKS[brand]]).reshape(3, 3)
-    column, row = np.floor(x / 0.12 + 1.5).astype(int), np.floor(y / 0.12 + 1.5).astype(int)
+    column, row = np.floor(u / 0.5 + 1.5).astype(int), np.floor(v / 0.5 + 1.5).astype(int)
     within = (column >= 0) & (column < 3) & (row >= 0) & (row < 3)
     marked: NDArray[np.bool_] = within & ink[np.clip(row, 0, 2), np.clip(column, 0, 2)]
     return marked
 
 
-def _edge(material: int, x: Plane, y: Plane, pixel: float) -> NDArray[np.bool_]:
-    """A frame along the picture's border, in one of eight styles."""
-    depth = 1.0 - np.maximum(np.abs(x), np.abs(y))
-    line = depth < 2.0 * max(pixel, 0.03)
-    along = np.where(np.abs(x) > np.abs(y), y, x)
-    styles = (
-        line,  # solid
-        depth < 5.0 * max(pixel, 0.03),  # thick
-        line & (along % 0.5 < 0.3),  # dashed
-        line & (along % 0.2 < 0.1),  # dotted
-        line & (np.abs(along) > 0.6),  # corners
-        line & (np.abs(along) < 0.4),  # middles
-        line & (np.abs(y) > np.abs(x)),  # above and below
-        line & (np.abs(x) > np.abs(y)),  # left and right
+def _weave(material: int, u: Plane, v: Plane) -> NDArray[np.bool_]:
+    """One of eight regular surfaces."""
+    across, down = u % 0.7 < 0.3, v % 0.7 < 0.3
+    weaves = (
+        across,
+        down,
+        across | down,
+        across & down,
+        across ^ down,
+        (u + v) % 0.9 < 0.35,
+        (u - v) % 0.9 < 0.35,
+        np.abs(v) < 0.5,
     )
-    return styles[material]
+    return weaves[material]
 
 
-def _use_icon(use: int, x: Plane, y: Plane) -> NDArray[np.bool_]:
+def _use_icon(use: int, u: Plane, v: Plane) -> NDArray[np.bool_]:
     """An icon of radius 1 in one of eight forms."""
-    radius = np.hypot(x, y)
-    flat, upright = np.abs(y) < 0.25, np.abs(x) < 0.25
-    rising, falling = np.abs(x + y) < 0.35, np.abs(x - y) < 0.35
+    radius = np.hypot(u, v)
+    flat, upright = np.abs(v) < 0.25, np.abs(u) < 0.25
+    rising, falling = np.abs(u + v) < 0.35, np.abs(u - v) < 0.35
     forms = (
         flat,
         upright,
         flat | upright,
         rising | falling,
-        (radius > 0.55),
-        (radius < 0.5),
-        np.abs(np.abs(y) - 0.5) < 0.2,
+        radius > 0.55,
+        radius < 0.5,
+        np.abs(np.abs(v) - 0.5) < 0.2,
         rising,
     )
     icon: NDArray[np.bool_] = forms[use] & (radius < 0.95)

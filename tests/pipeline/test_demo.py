@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from pydantic import ValidationError
 from pipeline.datasets.base import RawDataset
 from pipeline.datasets.demo import DemoConfig, demo_identity, demo_traits, demo_utilities, import_demo
 from pipeline.datasets.demo_pairs import training_product
-from pipeline.datasets.demo_rendering import SIGNS, render_product
+from pipeline.datasets.demo_rendering import render_label, render_product
 from pipeline.datasets.demo_texts import BRANDS, LOOKS, MATERIALS, USES, write_caption, write_text
-from pipeline.datasets.demo_traits import ALL_TRAITS, TEXT_TRAITS, VISUAL_TRAITS, draw_traits
+from pipeline.datasets.demo_traits import ALL_TRAITS, TEXT_TRAITS, VISUAL_TRAITS, Trait, draw_traits
 from pipeline.datasets.demo_users import choose, utilities
 
 SMALL = DemoConfig(n_items=120, n_users=60, image_size_px=48)
@@ -125,30 +126,35 @@ def test_a_text_does_not_depend_on_the_looks() -> None:
     assert first == second
 
 
-def drawn(traits: dict[str, int], signs: tuple[str, ...] = (), size_px: int = 64) -> np.ndarray:
-    return np.asarray(render_product(traits, np.random.default_rng(3), size_px, signs)).astype(int)
+def drawn(traits: dict[str, int], render: Callable[..., Image.Image] = render_product) -> np.ndarray:
+    return np.asarray(render(traits, np.random.default_rng(3), 64)).astype(int)
 
 
 PLAIN = {trait.name: 0 for trait in ALL_TRAITS}
 
 
 @pytest.mark.parametrize("trait", VISUAL_TRAITS, ids=lambda trait: trait.name)
-def test_every_look_changes_the_picture(trait: object) -> None:
-    name, values = trait.name, trait.values  # type: ignore[attr-defined]
-    pictures = [drawn({**PLAIN, name: value}) for value in range(len(values))]
+def test_every_look_changes_the_picture(trait: Trait) -> None:
+    pictures = [drawn({**PLAIN, trait.name: value}) for value in range(len(trait.values))]
     for first, second in itertools.combinations(pictures, 2):
         changed = np.abs(first - second).max(axis=2) > 20
         assert changed.mean() > 0.02
 
 
-@pytest.mark.parametrize("sign", SIGNS)
-def test_a_picture_shows_text_traits_only_when_asked_to(sign: str) -> None:
-    n_values = next(len(trait.values) for trait in TEXT_TRAITS if trait.name == sign)
-    hidden = [drawn({**PLAIN, sign: value}) for value in range(n_values)]
-    assert all(np.array_equal(hidden[0], picture) for picture in hidden)
-    shown = [drawn({**PLAIN, sign: value}, (sign,)) for value in range(n_values)]
-    for first, second in itertools.combinations(shown, 2):
-        assert (np.abs(first - second).max(axis=2) > 100).sum() >= 8
+@pytest.mark.parametrize("trait", TEXT_TRAITS, ids=lambda trait: trait.name)
+def test_labels_show_the_text_traits_and_product_pictures_do_not(trait: Trait) -> None:
+    values = range(len(trait.values))
+    products = [drawn({**PLAIN, trait.name: value}) for value in values]
+    assert all(np.array_equal(products[0], picture) for picture in products)
+    labels = [drawn({**PLAIN, trait.name: value}, render_label) for value in values]
+    for first, second in itertools.combinations(labels, 2):
+        assert (np.abs(first - second).max(axis=2) > 50).mean() > 0.02
+
+
+def test_labels_do_not_show_looks() -> None:
+    label = drawn(PLAIN, render_label)
+    for trait in VISUAL_TRAITS:
+        assert np.array_equal(label, drawn({**PLAIN, trait.name: 1}, render_label))
 
 
 @pytest.mark.parametrize("size_px", [16, 33, 96, 224])
