@@ -25,5 +25,7 @@ def choose_device(choice: DeviceChoice) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     if choice == "cuda":
-        raise ConfigError("device is 'cuda', but torch sees no GPU; set device to auto or cpu (`tandem doctor`).")
+        raise ConfigError(
+            "device is 'cuda', but torch sees no GPU; set device to auto or cpu (`tandem doctor`)."
+        )
     return torch.device("cpu")
