@@ -32,7 +32,7 @@ demo: setup ## Run the whole two-stage pipeline on the demo catalogue; again, an
 test: setup ## Run the checks and all tests, with coverage.
 	@$(MAKE) --no-print-directory check
 	@echo "test: pytest with $(JOBS) workers"
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: setup ## Run the linter, the formatter's check, the type checker and the import contract.
 	@echo "check: ruff, mypy, import contract"
