@@ -4,7 +4,7 @@ No pretrained weights are needed: the ViT-B/32 has the open_clip architecture wi
 checkpoint file of the usual layout that this command writes. Its figures say that the path works, not how good
 CLIP is; give real weights with ``--checkpoint`` to ask that.
 
-    python benchmarks/movielens_posters.py --data ../shared/data/movielens-posters --store .tandem
+    python -m benchmarks.movielens_posters --data ../shared/data/movielens-posters --store .tandem
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from pathlib import Path
 from string import Template
 
 import polars as pl
-import torch
 import yaml
 from rich.console import Console
-from rich.markdown import Markdown
-from safetensors.torch import save_file
 
+from benchmarks.extraction import make_checkpoint
+from pipeline.comparison.render import to_terminal
 from pipeline.config import RunConfig, parse_config, with_overrides
 from pipeline.console import run_app
 from pipeline.errors import ConfigError
+from pipeline.opening import default_cache
 from pipeline.progress import RichReporter
+from pipeline.stages.compare_features import restore_comparison
 from pipeline.store import Store
 from pipeline.two_stage import PlainStages, TwoStageResult, run_two_stage
 
@@ -33,16 +34,15 @@ CONFIG = Path(__file__).with_suffix(".yaml")
 DEFAULT_DATA = Path(__file__).parents[2] / "shared" / "data" / "movielens-posters"
 
 
-def make_checkpoint(path: Path, seed: int = 0) -> None:
-    """Write a ViT-B/32 of seeded random weights as safetensors, in open_clip's layout."""
-    import open_clip  # noqa: PLC0415 - slow to import, and only needed the first time
-
-    torch.manual_seed(seed)
-    model = open_clip.create_model("ViT-B-32", pretrained=None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, aside)
-    aside.replace(path)
+def seeded_checkpoint() -> Path:
+    """Where the seeded random weights lie: in the user's cache, made there the first time."""
+    path = default_cache() / "benchmarks" / "seeded-vit-b-32.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".partial")
+        make_checkpoint("ViT-B-32", aside)
+        aside.replace(path)
+    return path
 
 
 def account(result: TwoStageResult) -> list[str]:
@@ -74,9 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (options.data / "items.parquet").is_file():
         raise ConfigError(f"{options.data} holds no items.parquet; give the data's folder with --data.")
     store = Store(options.store)
-    checkpoint = options.checkpoint or Path(options.store) / "seeded-vit-b-32.safetensors"
-    if not checkpoint.is_file():
-        make_checkpoint(checkpoint)
+    checkpoint = options.checkpoint or seeded_checkpoint()
     text = Template(CONFIG.read_text(encoding="utf-8")).substitute(
         data=options.data.resolve(), checkpoint=checkpoint.resolve()
     )
@@ -89,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     for line in account(result):
         reporter.say(line)
     reporter.say(f"{len(result.all())} stages in {time.perf_counter() - started:.0f} s")
-    Console().print(Markdown(result.comparison.artefact.path("comparison.md").read_text(encoding="utf-8")))
+    Console().print(to_terminal(restore_comparison(result.comparison.artefact)))
     return 0
 
 
