@@ -1,8 +1,8 @@
 """The whole two-stage pipeline on real films: two encoders and their floors, indexes, five recommenders.
 
-No pretrained weights are needed: the ViT-B/32 has the open_clip architecture with seeded random weights, from a
-checkpoint file of the usual layout that this command writes. Its figures say that the path works, not how good
-CLIP is; give real weights with ``--checkpoint`` to ask that.
+No pretrained weights are needed: the ViT-B/32 has the open_clip architecture with seeded random weights, from
+a checkpoint file of the usual layout that this command writes. Its figures say that the path works, not how
+good CLIP is; give real weights with ``--checkpoint`` to ask that.
 
     python -m benchmarks.movielens_posters --data ../shared/data/movielens-posters --store .tandem
 """
