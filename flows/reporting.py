@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 from uuid import UUID
 
+import httpx
 from prefect import get_client, runtime
 from prefect.artifacts import (
     create_link_artifact,
@@ -37,11 +38,11 @@ TERMINAL: ContextVar[Reporter] = ContextVar("TERMINAL", default=SILENT)
 UPDATE_EVERY_S = 2.0
 """A progress artifact is sent this often at most: each update is a request to the server."""
 REUSED_TAG = "reused"
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 Cell = str | int | float | bool | None
 
-for (
-    _package
-) in LOGGED_PACKAGES:  # Prefect adds its handler to these loggers, but leaves their level at WARNING
+# Prefect adds its handler to these loggers, but leaves their level at WARNING.
+for _package in LOGGED_PACKAGES:
     logging.getLogger(_package).setLevel(logging.INFO)
 
 
@@ -61,30 +62,43 @@ class PrefectReporter:
     @contextmanager
     def progress(self, description: str) -> Iterator[Callable[[int, int], None]]:
         """Open a progress artifact once there is progress to show."""
-        key = artifact_key(self.stage, "progress")
-        artifact: UUID | None = None
-        last = 0.0
-        done_share = 0.0
+        artifact = _ProgressArtifact(artifact_key(self.stage, "progress"), self.log)
+        last = -UPDATE_EVERY_S
 
         with self.terminal.progress(description) as show:
 
             def advance(done: int, total: int) -> None:
-                nonlocal artifact, last, done_share
+                nonlocal last
                 show(done, total)
-                done_share = 100.0 * done / total if total else 0.0
                 now = monotonic()
                 if now - last < UPDATE_EVERY_S:
                     return
                 last = now
                 words = f"{description}: {done:,} of {total:,}" if total else f"{description}: {done:,}"
-                if artifact is None:
-                    artifact = create_progress_artifact(done_share, key=key, description=words)  # type: ignore[assignment]  # sync here
-                else:
-                    update_progress_artifact(artifact, progress=done_share, description=words)
+                artifact.show(100.0 * done / total if total else 0.0, words)
 
             yield advance
-            if artifact is not None:
-                update_progress_artifact(artifact, progress=100.0, description=f"{description}: done")
+            if artifact.id is not None:
+                artifact.show(100.0, f"{description}: done")
+
+
+class _ProgressArtifact:
+    """One progress artifact; a server that does not answer must not end hours of work."""
+
+    def __init__(self, key: str, log: Log) -> None:
+        self.key = key
+        self.log = log
+        self.id: UUID | None = None
+
+    def show(self, percent: float, words: str) -> None:
+        """Make the artifact, or change it."""
+        try:
+            if self.id is None:
+                self.id = create_progress_artifact(percent, key=self.key, description=words)  # type: ignore[assignment]  # no coroutine outside of an event loop
+            else:
+                update_progress_artifact(self.id, progress=percent, description=words)
+        except httpx.HTTPError as error:
+            self.log.warning("The server did not take the progress (%s); the work goes on.", error)
 
 
 def artifact_key(*parts: str) -> str:

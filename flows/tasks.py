@@ -106,8 +106,9 @@ def retry_helps(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool: 
 def stage_task(stage: str, store: str, work: Work, name: str) -> State[StageResult]:
     """Do a stage's work; its state says whether anything was computed, or what a person got wrong."""
     try:
-        opened = open_store(store)
-        result = work(opened, PrefectReporter(stage))
+        reporter = PrefectReporter(stage)
+        opened = Store(store_address(store), say=reporter.say)
+        result = work(opened, reporter)
         if name:
             opened.name(name, result.artefact)
     except USER_ERRORS as error:
@@ -178,8 +179,3 @@ def _state_of(result: StageResult, data: Any) -> State[Any]:
 def store_address(url: str) -> str:
     """The store that a flow's ``store`` parameter means."""
     return absolute_store(url) if url else default_store()
-
-
-def open_store(url: str) -> Store:
-    """Open the store that a flow's ``store`` parameter means."""
-    return Store(store_address(url))

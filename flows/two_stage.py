@@ -17,7 +17,7 @@ from flows.compare_features import compare_features_flow
 from flows.extract_features import extract_features_flow
 from flows.prepare_dataset import prepare_dataset_flow
 from flows.reporting import TERMINAL, artifact_key, mark_as_reused, markdown_table, short
-from flows.tasks import CACHED, failed, open_store, store_address, value_of
+from flows.tasks import CACHED, failed, store_address, value_of
 from flows.train_recommender import train_recommender_flow
 from pipeline.comparison.config import ComparisonConfig
 from pipeline.config import RunConfig
@@ -45,7 +45,7 @@ def two_stage_flow(
         force: Make every artefact again although the store has it.
     """
     try:
-        opened = open_store(store)
+        opened = Store(store_address(store))
         stages = SubflowStages(opened, store_address(store), force=force)
         result = run_two_stage(config, stages, lambda stage: TERMINAL.get().say(stage.line()))
         if result.comparison is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
+import httpx
 import pytest
 
 from flows import reporting
@@ -92,6 +93,18 @@ def test_progress_is_sent_seldom_and_ends_at_a_hundred(
         ("update", {"progress": 80.0, "description": "encoding: 4,000 of 5,000"}),
         ("update", {"progress": 100.0, "description": "encoding: done"}),
     ]
+
+
+def test_a_server_that_does_not_answer_does_not_end_the_work(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object, **details: object) -> None:
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr(reporting, "create_progress_artifact", refuse)
+    with reporting.PrefectReporter("toy").progress("encoding") as progress:
+        progress(1, 2)
+    assert caplog.messages == ["The server did not take the progress (refused); the work goes on."]
 
 
 def test_progress_of_unknown_length_counts(artifacts: Artifacts) -> None:

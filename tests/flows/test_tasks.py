@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from features.errors import EncoderError
-from flows.tasks import may_pass, open_store, store_address
+from flows.tasks import may_pass, store_address
 from pipeline.errors import DatasetError, StoreError
 
 
@@ -93,5 +93,4 @@ def test_prefect_s_stack_trace_of_a_person_s_mistake_is_dropped() -> None:
 def test_an_empty_store_means_that_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEM_STORE", str(tmp_path / "shop"))
     assert store_address("") == str(tmp_path / "shop")
-    assert open_store("").url == str(tmp_path / "shop")
     assert store_address("s3://bucket") == "s3://bucket"
