@@ -18,7 +18,7 @@ from pipeline.datasets.demo_rendering import render_label, render_product
 from pipeline.datasets.demo_texts import write_caption, write_text
 from pipeline.datasets.demo_traits import ALL_TRAITS, TEXT_TRAITS, VISUAL_TRAITS
 
-LABEL_SHARE = 0.2
+LABEL_SHARE = 0.25
 """Share of the pictures that are labels; looks are harder to learn, so most are products."""
 NAMED_SHARE = 0.9
 """Chance of a trait that the picture shows to be named in a caption that is no text of the catalogue."""

@@ -189,14 +189,14 @@ def _colours(colour: int, rng: np.random.Generator) -> tuple[Colour, Colour]:
     hue = (_HUES[colour] + rng.uniform(-0.015, 0.015)) % 1.0
     saturation, value = rng.uniform(0.75, 0.95), rng.uniform(0.75, 0.95)
     lighter = bool(rng.random() < 0.5)
-    second = (hue, saturation * 0.25, 1.0) if lighter else (hue, saturation, value * 0.4)
+    second = (hue, saturation * 0.15, 1.0) if lighter else (hue, saturation, value * 0.3)
     main = np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32)
     return main, np.array(colorsys.hsv_to_rgb(*second), dtype=np.float32)
 
 
 def _pattern(pattern: int, u: Plane, v: Plane, rng: np.random.Generator) -> Plane:
     """How much of the second colour shows at each point."""
-    wave = 2.0 * np.pi / rng.uniform(0.5, 0.65)
+    wave = 2.0 * np.pi / rng.uniform(0.68, 0.8)
     shift_u, shift_v = rng.uniform(0.0, 2.0 * np.pi, size=2)
     across, down = u * np.float32(wave) + np.float32(shift_u), v * np.float32(wave) + np.float32(shift_v)
     if pattern == 0:  # plain

@@ -17,8 +17,8 @@ SIGNAL = 2.2
 POPULARITY = 0.3
 """Standard deviation of what all users agree on, whatever the traits."""
 N_CIRCLES = 30
-"""Users of one circle share a good part of their taste; a circle has its own."""
-CIRCLE_SHARE = 0.5
+"""Users of one circle share some of their taste; a circle has its own."""
+CIRCLE_SHARE = 0.2
 """Share of the variance of a taste that is the circle's."""
 FIRST_SECOND, LAST_SECOND = 1_672_531_200, 1_704_067_199
 """The year 2023 in Unix time."""

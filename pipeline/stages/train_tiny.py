@@ -19,18 +19,20 @@ from pydantic import BaseModel, Field, JsonValue, NonNegativeInt, PositiveInt
 
 from features.catalogue import Catalogue
 from features.contrastive import ContrastiveConfig, ContrastiveResult, PairBatch, train_contrastive
-from pipeline.datasets.demo import DemoConfig, demo_traits, import_demo
+from pipeline.datasets.demo import GENERATOR, DemoConfig, demo_traits, import_demo
 from pipeline.datasets.demo_pairs import TrainingProduct, training_product
 from pipeline.datasets.demo_traits import ALL_TRAITS, IntArray
 from pipeline.errors import ConfigError
 from pipeline.hardware import describe_hardware, library_versions
-from pipeline.progress import Progress
+from pipeline.progress import SILENT, Progress, Reporter
+from pipeline.stages.result import StageResult
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from features.encoders.clip import ClipEncoder
     from features.encoders.tiny import TinyTokenizer
+    from pipeline.store import Draft, Store
 
 Float32Array = NDArray[np.float32]
 
@@ -44,7 +46,7 @@ ALIKE = ("colour", "background")
 class TrainTinyConfig(BaseModel, frozen=True, extra="forbid"):
     """How `tiny` is made. On one kind of CPU, equal settings, threads and torch give equal weights."""
 
-    n_products: PositiveInt = Field(12_000, description="Products rendered for training.")
+    n_products: PositiveInt = Field(16_000, description="Products rendered for training.")
     seed: NonNegativeInt = Field(20_231, description="Of products, captions, weights and the order of pairs.")
     image_size_px: int = Field(96, ge=16, le=512, description="Size of the rendered pictures.")
     image_blocks: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(
@@ -57,10 +59,10 @@ class TrainTinyConfig(BaseModel, frozen=True, extra="forbid"):
     )
     text_layers: PositiveInt = Field(2, description="Layers of the text tower.")
     alike_share: float = Field(
-        0.4, ge=0, le=1, description="Share of the batches whose products share colour and background."
+        0.3, ge=0, le=1, description="Share of the batches whose products share colour and background."
     )
     contrastive: ContrastiveConfig = Field(
-        default_factory=lambda: ContrastiveConfig(epochs=8, batch_size=64, learning_rate=2e-3),
+        default_factory=lambda: ContrastiveConfig(epochs=6, batch_size=64, learning_rate=2e-3),
         description="Epochs, batch, learning rate and so on.",
     )
     probe_seed: NonNegativeInt = Field(
@@ -110,6 +112,31 @@ def train_tiny(
     }
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def keep_tiny(
+    store: Store, config: TrainTinyConfig, *, reporter: Reporter = SILENT, force: bool = False
+) -> StageResult:
+    """Train `tiny` and keep its files as an encoder artefact; ``tiny:<its folder>`` loads them.
+
+    Raises:
+        ConfigError: As ``train_tiny``.
+    """
+
+    def make(draft: Draft) -> None:
+        with reporter.progress("training tiny") as progress:
+            report = train_tiny(config, draft.folder, progress)
+        draft.record(**report, summary={"parameters": report["n_parameters"], "seconds": report["seconds"]})
+
+    outcome = store.produce(
+        "encoder",
+        slug="tiny",
+        identity={"generator": GENERATOR, **config.model_dump(mode="json")},
+        parameters=config.model_dump(mode="json"),
+        make=make,
+        force=force,
+    )
+    return StageResult.of(outcome)
 
 
 def build_towers(config: TrainTinyConfig, tokenizer: Tokenizer) -> ClipEncoder:
