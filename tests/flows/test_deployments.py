@@ -10,7 +10,9 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.settings import get_current_settings
 
+from flows import deployments
 from flows.deployments import NIGHTLY, SERVED, Served, deploy
 from flows.pool import CPU, GPU, prepare_pool
 from flows.reporting import NextStep, deployment_id
@@ -115,6 +117,18 @@ class TestWithServer:
         assert found.job_variables == {"working_dir": str(tmp_path), "command": "python -m prefect.engine"}
         assert found.description == "Keep a colour."
         assert set(found.parameter_openapi_schema["properties"]) == {"colour", "store", "name"}
+
+    def test_the_command_waits_for_the_server_and_registers_every_flow(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(deployments, "SERVED", {"toy": TOY})
+        monkeypatch.setenv("PREFECT_API_URL", str(get_current_settings().api.url))
+        assert deployments.main(["--working-dir", str(tmp_path), "--timeout", "30"]) == 0
+
+        async def work(client: PrefectClient) -> DeploymentResponse:
+            return await client.read_deployment_by_name("toy/toy")
+
+        assert self.run(work).job_variables["working_dir"] == str(tmp_path)
 
     def test_a_result_links_to_the_form_of_a_served_flow(self, tmp_path: Path) -> None:
         async def work(client: PrefectClient) -> DeploymentResponse:

@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.prefect, pytest.mark.slow, pytest.mark.xdist_group("pr
 TANDEM = [sys.executable, "-c", "from flows.cli import main; main()"]
 PATIENCE_S = 240.0
 SMALL: dict[str, Any] = {
-    "name": "small",
+    "name": "corner-shop",
     "dataset": {"demo": {"n_items": 40, "n_users": 60}},
     "feature_sets": [{"image": "random:16", "text": "random:16"}],
     "recommenders": [{"model": "popularity"}, {"model": "itemknn_content"}],
@@ -132,7 +132,7 @@ def artifact_keys(client: SyncPrefectClient, run_id: UUID) -> set[str | None]:
 
 def test_the_flows_are_listed(client: SyncPrefectClient) -> None:
     """It sends a null for the limit: with a FastAPI that is too new the server answers 422."""
-    assert {deployment.name for deployment in client.read_deployments()} == set(SERVED)
+    assert {deployment.name for deployment in client.read_deployments()} >= set(SERVED)
 
 
 def test_a_second_up_says_where_the_first_one_is(up: Up) -> None:
@@ -176,7 +176,7 @@ def test_runs_started_in_the_ui_complete_one_gpu_flow_at_a_time(up: Up, client: 
     assert later.start_time >= earlier.end_time, "the gpu queue let two flows run at once"
     keys = artifact_keys(client, extract)
     assert {"extract-features-random-16-image", "extract-features-random-16-image-figures"} <= keys
-    assert {"two-stage-small", "two-stage-small-stages"} <= artifact_keys(client, two_stage)
+    assert {"two-stage-corner-shop", "two-stage-corner-shop-stages"} <= artifact_keys(client, two_stage)
 
 
 def test_second_runs_show_that_everything_was_reused(
@@ -184,7 +184,7 @@ def test_second_runs_show_that_everything_was_reused(
 ) -> None:
     """From the UI, and from ``tandem run``, whose run the server shows."""
     extract = start(client, "extract-features", EXTRACT)
-    config = tmp_path / "small.yaml"
+    config = tmp_path / "corner-shop.yaml"
     config.write_text(yaml.safe_dump(SMALL))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     done = subprocess.run(
@@ -203,7 +203,7 @@ def test_second_runs_show_that_everything_was_reused(
         "random:16 image (reused)",
         ["gpu", "reused", "stage"],
     )
-    typed = next(run for run in client.read_flow_runs() if run.name == "small (reused)")
+    typed = next(run for run in client.read_flow_runs() if run.name == "corner-shop (reused)")
     assert (typed.state_name, typed.deployment_id) == ("Cached", None)
 
 
