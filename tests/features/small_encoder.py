@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from features.catalogue import Catalogue
+from features.catalogue import Catalogue, Modality
 from features.encoders.base import Encoder, EncoderInfo
+from features.extraction import ExtractionConfig, ExtractionReport, extract
 
 DIM = 16
 
@@ -106,3 +108,19 @@ def small_catalogue(folder: Path, n_items: int = 40, *, first: int = 0, repeat_e
         )
     schema = dict.fromkeys(("item_id", "title", "description", "image", "image_hash"), pl.String)
     return Catalogue(pl.DataFrame(rows, schema=schema), str(folder))
+
+
+SMALL = ExtractionConfig(batch_size=4, rows_per_part=10, dtype="float32")
+
+
+def parts_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def run(folder: Path, catalogue: Catalogue, modality: Modality = "image", **options: Any) -> ExtractionReport:
+    config = options.pop("config", SMALL)
+    return extract(options.pop("encoder", SmallEncoder()), catalogue, modality, folder, config, **options)
