@@ -14,7 +14,7 @@ from pipeline.datasets.demo_texts import write_text
 from pipeline.datasets.demo_traits import ProductTraits, draw_traits
 from pipeline.datasets.demo_users import Float32Array, choose, interaction_table, utilities
 
-GENERATOR = 1
+GENERATOR = 2
 """Raised whenever the same configuration would give another dataset."""
 
 
