@@ -10,60 +10,72 @@ from pathlib import Path
 from urllib.parse import quote
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import ViewportSize, sync_playwright
 from prefect import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
     FlowFilter,
     FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterName,
 )
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 IMAGES = Path(__file__).parent / "images"
-SIZE = {"width": 1440, "height": 860}
 
 
-def newest_two_stage_run() -> tuple[str, str, str]:
-    """The ids of the newest two-stage run, of its page, and of the deployment of extract-features."""
+def newest_run(name: str) -> tuple[str, str]:
+    """The ids of the newest two-stage run of a name, or of any, and of its page."""
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=["two-stage"])),
+            flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])) if name else None,
             sort=FlowRunSort.START_TIME_DESC,
             limit=1,
         )
         artifacts = client.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[runs[0].id]))
         )
-        page = next(artifact for artifact in artifacts if artifact.type == "markdown")
-        deployment = client.read_deployment_by_name("extract-features/extract-features")
-    return str(runs[0].id), str(page.id), str(deployment.id)
+    return str(runs[0].id), str(next(artifact.id for artifact in artifacts if artifact.type == "markdown"))
+
+
+def pages_to_take() -> dict[str, tuple[str, str, ViewportSize]]:
+    """Name of the picture -> path of the page, a text to wait for, size of the window."""
+    with get_client(sync_client=True) as client:
+        form = client.read_deployment_by_name("extract-features/extract-features").id
+    parameters = quote('{"dataset": "shop", "config": {"encoder": "tiny", "modality": "image"}}')
+    window: ViewportSize = {"width": 1280, "height": 800}
+    return {
+        "deployments": ("deployments", "two-stage", {"width": 1280, "height": 560}),
+        "form-extract-features": (
+            f"deployments/deployment/{form}/run?parameters={parameters}",
+            "Encoder",
+            window,
+        ),
+        "two-stage-run": (f"runs/flow-run/{newest_run('')[0]}?tab=Artifacts", "stages", window),
+        "comparison": (
+            f"artifacts/artifact/{newest_run('demo')[1]}",
+            "recommender",
+            {"width": 1700, "height": 1500},
+        ),
+    }
 
 
 def take(url: str, browser_path: str) -> None:
     """Open each page, wait until it has drawn itself, and save it as a PNG of few colours."""
-    run, artifact, deployment = newest_two_stage_run()
-    parameters = quote('{"dataset": "shop", "config": {"encoder": "tiny", "modality": "image"}}')
-    pages = {
-        "deployments": ("deployments", "two-stage"),
-        "form-extract-features": (
-            f"deployments/deployment/{deployment}/run?parameters={parameters}",
-            "Encoder",
-        ),
-        "two-stage-run": (f"runs/flow-run/{run}?tab=Artifacts", "stages"),
-        "comparison": (f"artifacts/artifact/{artifact}", "recommender"),
-    }
     IMAGES.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=browser_path,
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
-        context = browser.new_context(viewport=SIZE, color_scheme="light")
+        context = browser.new_context(color_scheme="light")
         context.route("**/*amplitude.com/**", lambda route: route.abort())
-        for name, (path, text) in pages.items():
+        for name, (path, text, window) in pages_to_take().items():
             page = context.new_page()
+            page.set_viewport_size(window)
             page.goto(f"{url}/v2/{path}", wait_until="domcontentloaded")
             page.get_by_text(text).first.wait_for(timeout=60_000)
             page.wait_for_timeout(3_000)  # fonts and graphs

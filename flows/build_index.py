@@ -12,7 +12,7 @@ NAME = "build-index"
 DEFAULTS = IndexConfig()
 
 
-@flow(name=NAME, flow_run_name="{config.kind} {source}", persist_result=False)
+@flow(name=NAME, flow_run_name="{config.kind} index", persist_result=False)
 def build_index_flow(
     source: str, *, config: IndexConfig = DEFAULTS, name: str = "", store: str = "", force: bool = False
 ) -> State[str]:

@@ -224,10 +224,12 @@ def deployment_id(flow: str) -> str:
             return ""
 
 
-def mark_as_reused() -> None:
-    """Say in the run's name and tags that nothing was computed, for the list of runs."""
-    run_id, name, tags = runtime.flow_run.id, runtime.flow_run.name, runtime.flow_run.tags
-    if run_id is None or REUSED_TAG in (tags or []):
+def name_run(made: str, *, reused: bool) -> None:
+    """Name the run after what it made, and tag and name it where nothing was computed, for the list of runs."""
+    run_id, tags = runtime.flow_run.id, {*(runtime.flow_run.tags or [])}
+    if run_id is None:
         return
+    if reused:
+        made, tags = f"{made} (reused)", {*tags, REUSED_TAG}
     with get_client(sync_client=True) as client:
-        client.update_flow_run(UUID(run_id), tags={*(tags or []), REUSED_TAG}, name=f"{name} (reused)")
+        client.update_flow_run(UUID(run_id), tags=tags, name=made)

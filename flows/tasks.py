@@ -17,7 +17,7 @@ from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
 
 from flows.places import absolute_store, default_store
-from flows.reporting import NextStep, PrefectReporter, mark_as_reused, show_result
+from flows.reporting import NextStep, PrefectReporter, name_run, show_result
 from pipeline.errors import USER_ERRORS, StoreError
 from pipeline.progress import Reporter
 from pipeline.stages.result import StageResult
@@ -138,8 +138,7 @@ def run_stage(
             return failed(error)
     result = value_of(state)  # raises what else went wrong
     show_result(stage, result, following(result) if following else ())
-    if result.reused:
-        mark_as_reused()
+    name_run(result.artefact.slug, reused=result.reused)
     return _state_of(result, result.artefact.ref)
 
 

@@ -16,7 +16,7 @@ from flows.build_index import build_index_flow
 from flows.compare_features import compare_features_flow
 from flows.extract_features import extract_features_flow
 from flows.prepare_dataset import prepare_dataset_flow
-from flows.reporting import TERMINAL, artifact_key, mark_as_reused, markdown_table, short
+from flows.reporting import TERMINAL, artifact_key, markdown_table, name_run, short
 from flows.tasks import CACHED, failed, store_address, value_of
 from flows.train_recommender import train_recommender_flow
 from pipeline.comparison.config import ComparisonConfig
@@ -54,7 +54,7 @@ def two_stage_flow(
         return failed(error)
     message = show_stages(config.name, result)
     if all(stage.reused for stage in result.all()):
-        mark_as_reused()
+        name_run(config.name, reused=True)
         return Completed(name=CACHED, message=message, data=result)
     return Completed(message=message, data=result)
 

@@ -90,11 +90,11 @@ def test_two_stage_runs_every_stage_as_a_subflow(two_stage_twice: TwoRuns) -> No
     names = sorted(run.name for run in subflows(two_stage_twice.first))
     assert names == [
         "demo",
-        "itemknn_content seed 0",
-        "popularity seed 0",
-        "random:16 image",
-        "random:16 text",
-        "recall@20",
+        "itemknn-content-random-16-image-text-seed-0",
+        "popularity-seed-0",
+        "random-16-image",
+        "random-16-text",
+        "recall-20-of-2-runs",
     ]
 
 
@@ -175,7 +175,7 @@ def test_each_stage_runs_alone_and_finds_its_input_by_name(tmp_path: Path, prefe
     assert {step().name for step in steps} == {"Cached"}
     run, _, artifacts = recorded(states[3])
     table = next(artifact for artifact in artifacts if str(artifact.key).endswith("-figures"))
-    assert run.name == "itemknn_content seed 0"
+    assert run.name == "itemknn-content-random-16-image-seed-0"
     assert '"metric"' in str(table.data)
     assert '"test"' in str(table.data)
 

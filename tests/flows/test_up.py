@@ -200,7 +200,7 @@ def test_second_runs_show_that_everything_was_reused(
     again = wait(client, extract)
     assert (again.state_name, again.name, sorted(again.tags)) == (
         "Cached",
-        "random:16 image (reused)",
+        "random-16-image (reused)",
         ["gpu", "reused", "stage"],
     )
     typed = next(run for run in client.read_flow_runs() if run.name == "corner-shop (reused)")

@@ -41,7 +41,7 @@ def test_draws_are_uniform_for_users_with_no_few_and_nearly_all_items() -> None:
         free = free_items(train, user)
         counts = np.bincount(draws[user].numpy(), minlength=n_items)[free]
         assert counts.sum() == 60_000
-        # At 4 users a right sampler fails once in 2,500 seeds; never drawing one of 40 items gives p < 1e-200.
+        # At 4 users a right sampler fails once in 2,500 seeds; never drawing one of 40 gives p < 1e-200.
         assert stats.chisquare(counts).pvalue > 1e-4, user
 
 
