@@ -225,7 +225,7 @@ def deployment_id(flow: str) -> str:
 
 
 def name_run(made: str, *, reused: bool) -> None:
-    """Name the run after what it made, and tag and name it where nothing was computed, for the list of runs."""
+    """Name the run after what it made, and tag it where nothing was computed, for the list of runs."""
     run_id, tags = runtime.flow_run.id, {*(runtime.flow_run.tags or [])}
     if run_id is None:
         return
