@@ -21,11 +21,10 @@ from pipeline.errors import ConfigError
 from pipeline.reading import ReadingConfig
 from recommenders.evaluation import EvaluationConfig
 from recommenders.metrics import metric_names
-from recommenders.models.registry import MODELS, model_config
+from recommenders.models.registry import MODELS, Setting, model_config
 from recommenders.training import TrainingConfig
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
-Scalar = bool | int | float | str
 
 
 class FeatureSetConfig(BaseModel, frozen=True, extra="forbid"):
@@ -53,7 +52,7 @@ class RecommenderConfig(BaseModel, frozen=True, extra="forbid"):
     """A recommender by name, with what differs from its defaults."""
 
     model: str = Field("vbpr", description="Name of the recommender; `tandem recommenders` lists them.")
-    settings: dict[str, Scalar] = Field(
+    settings: dict[str, Setting] = Field(
         default_factory=dict, description="Settings of this recommender that differ from its defaults."
     )
 

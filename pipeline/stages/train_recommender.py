@@ -27,7 +27,7 @@ from pipeline.stages.build_index import ITEM_EMBEDDINGS
 from pipeline.stages.result import StageResult
 from recommenders.evaluation import Evaluation, EvaluationConfig, Scorer, evaluate_part
 from recommenders.feature_input import FeatureTable
-from recommenders.models.registry import build_model, model_config, model_entry
+from recommenders.models.registry import Setting, build_model, model_config, model_entry
 from recommenders.training import TrainingConfig, train
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from pipeline.store import Artefact, Draft, Store
     from recommenders.models.base import Recommender
 
-Scalar = bool | int | float | str
 USER_EMBEDDINGS = "user_embeddings.parquet"
 SMALL_MODEL = 1_000_000
 """Parameters below which one thread trains a model."""
@@ -46,7 +45,7 @@ class RunSettings(BaseModel, frozen=True, extra="forbid"):
     """One recommender, how it reads features, how it is trained and measured, and its seed."""
 
     model: str = Field("vbpr", description="Name of the recommender; `tandem recommenders` lists them.")
-    settings: dict[str, Scalar] = Field(
+    settings: dict[str, Setting] = Field(
         default_factory=dict, description="Settings of this recommender that differ from its defaults."
     )
     reading: ReadingConfig = Field(default_factory=ReadingConfig)
