@@ -42,7 +42,7 @@ check: setup ## Run the linter, the formatter's check, the type checker and the 
 	@$(BIN)/lint-imports
 
 lock: setup ## Pin the newest versions that pyproject.toml allows into constraints.txt.
-	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gpu --extra dev --extra s3 --extra gcs --universal \
+	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gpu --extra dev --extra s3 --extra gcs --extra distributed --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet --output-file constraints.txt
 
 clean: ## Remove the virtual environment and caches; the store stays.

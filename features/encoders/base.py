@@ -57,7 +57,8 @@ class Encoder(nn.Module):
         info: What this encoder is.
         image_transform: Turns an RGB picture into the input of `encode_images`.
         tokenizer: Turns texts into ids; `tokenize` adds the padding.
-        pad_id: The id that fills rows of `tokenize`.
+        pad_id: The id that fills rows of `tokenize`. -1 where no id stands for padding alone: the encoder
+            then tells padding by its sign (`tokens >= 0`) and puts in what its tower wants.
         pads_to: Length of every row of `tokenize`, in tokens; 0 for the batch's longest text, which is right
             only where tokens behind a text's end cannot change its vector.
     """
@@ -127,6 +128,12 @@ def digest_file(path: Path) -> str:
     """SHA-256 in hex of a file's bytes, streamed; remembered until size, time or inode of the file change."""
     status = path.stat()
     return _digest_file(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def digest_files(paths: Sequence[Path]) -> str:
+    """SHA-256 in hex of several files' bytes, in this order; a single file's is `digest_file`'s."""
+    digests = [digest_file(path) for path in paths]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,10 @@
 | `open_clip/hf-hub:<owner>/<name>`, `open_clip/local-dir:<folder>` | a repository in open_clip's layout |
 | `random`, `random:<dim>`, `random:<dim>:<seed>` | a Gaussian row seeded by each content |
 | `constant`, `constant:<dim>` | ones |
+| a preset's name, such as `paper/clip` | what `presets.yaml` says |
 | `shuffled:<specification>`, `shuffled:<specification>@<seed>` | another item's vector of the inner encoder |
+
+Options follow a plus sign: `timm/resnet50+pool=mean`. Every specification takes `+l2=yes`: unit length.
 """
 
 import difflib
@@ -21,6 +24,9 @@ import torch
 
 from features.encoders import clip, controls, tiny
 from features.encoders.base import Encoder, EncoderInfo, digest_json
+from features.encoders.options import join_options, split_options
+from features.encoders.presets import presets
+from features.encoders.unit_length import UnitLengthEncoder, unit_length_info
 from features.errors import EncoderError
 
 
@@ -64,7 +70,9 @@ def describe_encoder(spec: str) -> EncoderInfo:
     shuffled = parse_shuffled(spec)
     if shuffled is not None:
         return _describe_shuffled(spec, shuffled)
-    return _family(spec).describe(spec)
+    plain, unit_length = _without_l2(spec)
+    info = _family(plain).describe(plain)
+    return unit_length_info(spec, info) if unit_length else info.model_copy(update={"spec": spec})
 
 
 def load_encoder(spec: str, *, device: str | torch.device = "cpu") -> Encoder:
@@ -80,7 +88,10 @@ def load_encoder(spec: str, *, device: str | torch.device = "cpu") -> Encoder:
             f"encoder {spec!r} encodes nothing: it deals out the rows of {inner!r}; extract {inner!r} and "
             "shuffle its feature table."
         )
-    return _family(spec).load(spec).to(device).eval()
+    plain, unit_length = _without_l2(spec)
+    encoder = _family(plain).load(plain)
+    encoder.info = encoder.info.model_copy(update={"spec": spec})
+    return (UnitLengthEncoder(spec, encoder) if unit_length else encoder).to(device).eval()
 
 
 def parse_shuffled(spec: str) -> ShuffledSpec | None:
@@ -108,6 +119,22 @@ def inner_spec(spec: str) -> str | None:
     return None if shuffled is None else shuffled.inner
 
 
+def _without_l2(spec: str) -> tuple[str, bool]:
+    """A preset's name replaced by what it stands for, options kept; and whether unit length is asked for.
+
+    Raises:
+        EncoderError: `l2` is neither yes nor no.
+    """
+    base, options = split_options(spec)
+    if base in presets():
+        base, given = split_options(presets()[base].spec)
+        options = given | options
+    wish = options.pop("l2", "no")
+    if wish not in ("yes", "no"):
+        raise EncoderError(f"encoder {spec!r}: option l2 is {wish!r}; expected yes or no.")
+    return join_options(base, options), wish == "yes"
+
+
 def _describe_shuffled(spec: str, shuffled: ShuffledSpec) -> EncoderInfo:
     inner = describe_encoder(shuffled.inner)
     dealt = digest_json({"preprocessing": inner.preprocessing_sha256, "shuffled_with_seed": shuffled.seed})
@@ -116,7 +143,7 @@ def _describe_shuffled(spec: str, shuffled: ShuffledSpec) -> EncoderInfo:
 
 
 def _family(spec: str) -> Family:
-    word = re.split(r"[/:]", spec, maxsplit=1)[0]
+    word = re.split(r"[/:+]", spec, maxsplit=1)[0]
     if word in FAMILIES:
         return FAMILIES[word]
     if word == "given":
@@ -124,7 +151,9 @@ def _family(spec: str) -> Family:
             "encoder 'given' stands for features that came with a dataset and encodes nothing; use it where "
             "a dataset was imported with features (MMRec's .npy files)."
         )
-    near = difflib.get_close_matches(word, [*FAMILIES, "shuffled", "given"], n=1)
+    base = split_options(spec)[0]
+    near = difflib.get_close_matches(base, presets(), n=1)
+    near = near or difflib.get_close_matches(word, [*FAMILIES, "shuffled", "given"], n=1)
     examples = ", ".join(family.example for family in FAMILIES.values())
     hint = f"did you mean {near[0]!r}? Forms: " if near else "expected a form like "
     raise EncoderError(f"encoder {spec!r} is not known; {hint}{examples}, shuffled:tiny.")
