@@ -139,7 +139,7 @@ def extract(
         items_per_s=run.n_encoded / run.seconds if run.seconds else 0.0,
         waiting_share=run.waiting_s / run.seconds if run.seconds else 0.0,
         reasons=dict(assembler.reasons.most_common(10)),
-        notes=tuple(notes),
+        notes=(*encoder.notes, *notes),
     )
 
 

@@ -78,6 +78,8 @@ class Encoder(nn.Module):
         self.tokenizer = tokenizer
         self.pad_id = pad_id
         self.pads_to = pads_to
+        self.notes: tuple[str, ...] = ()
+        """What a person should know about its weights, such as tensors of the file that are not used."""
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without padding: sort these by length, then `pad` batch by batch."""

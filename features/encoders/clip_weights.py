@@ -26,6 +26,9 @@ _READING_ERRORS = (
 )
 """What the readers raise for damaged files."""
 
+_WRAPPINGS = ("state_dict", "module", "model")
+"""Under which name training scripts keep the tensors among other things."""
+
 _LISTED = 3
 """Names shown of each kind of misfit."""
 
@@ -49,14 +52,17 @@ def count_numbers(path: Path) -> int:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Name -> tensor of a weights file, on the CPU; pickles are read without running what is in them.
 
-    A training checkpoint's `state_dict` is taken out, and the `module.` of data-parallel training removed.
+    A training checkpoint's `state_dict`, `module` (DeepSpeed) or `model` is taken out, in this order, and the
+    `module.` of data-parallel training removed.
 
     Raises:
         EncoderError: Damaged, TorchScript, or not a file of named tensors.
     """
     weights = _read(path)
-    if isinstance(weights, Mapping) and isinstance(weights.get("state_dict"), Mapping):
-        weights = weights["state_dict"]
+    for wrapping in _WRAPPINGS:
+        if isinstance(weights, Mapping) and isinstance(weights.get(wrapping), Mapping):
+            weights = weights[wrapping]
+            break
     named = isinstance(weights, Mapping) and all(isinstance(value, Tensor) for value in weights.values())
     if not named or not weights:
         raise EncoderError(

@@ -7,6 +7,8 @@
 | `open_clip/<architecture>:<file>` | weights in a .safetensors, .pt or .bin file |
 | `open_clip/<architecture>:<tag>@<file>` | a tag's file, brought here by hand: as the tag in all else |
 | `open_clip/hf-hub:<owner>/<name>`, `open_clip/local-dir:<folder>` | a repository in open_clip's layout |
+| `vlmo/base`, `vlmo/base_plus`, `vlmo/large` | released VLMo weights; `:coco` and others, or `:<file>` |
+| `sentence-transformers/<owner>/<name>`, `sentence-transformers/local-dir:<folder>` | that library's layout |
 | `random`, `random:<dim>`, `random:<dim>:<seed>` | a Gaussian row seeded by each content |
 | `constant`, `constant:<dim>` | ones |
 | a preset's name, such as `paper/clip` | what `presets.yaml` says |
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from features.encoders import clip, controls, tiny
+from features.encoders import clip, controls, sentence, tiny, vlmo
 from features.encoders.base import Encoder, EncoderInfo, digest_json
 from features.encoders.options import join_options, split_options
 from features.encoders.presets import presets
@@ -42,6 +44,10 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "tiny": Family("tiny", tiny.describe_tiny, tiny.load_tiny),
     "open_clip": Family("open_clip/ViT-B-32:openai", clip.describe_clip, clip.load_clip),
+    "vlmo": Family("vlmo/base", vlmo.describe_vlmo, vlmo.load_vlmo_encoder),
+    "sentence-transformers": Family(
+        "sentence-transformers/all-MiniLM-L6-v2", sentence.describe_sentence, sentence.load_sentence
+    ),
     "random": Family("random:64:0", controls.describe_control, controls.load_control),
     "constant": Family("constant:64", controls.describe_control, controls.load_control),
 }

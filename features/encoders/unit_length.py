@@ -22,6 +22,7 @@ class UnitLengthEncoder(Encoder):
             pads_to=inner.pads_to,
         )
         self.inner = inner
+        self.notes = inner.notes
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D) float32, rows of length 1."""
