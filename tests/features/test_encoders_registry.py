@@ -15,7 +15,9 @@ from features.encoders import tiny
 from features.encoders.base import Encoder, digest_file, digest_json
 from features.encoders.clip import build_clip
 from features.encoders.registry import FAMILIES, describe_encoder, inner_spec, load_encoder, parse_shuffled
+from features.encoders.vlmo.config import VlmoConfig
 from features.errors import EncoderError
+from tests.features.small_vlmo import WORDS, checkpoint, write_vocabulary
 
 SMALL = {
     "embed_dim": 12,
@@ -36,9 +38,22 @@ def clip_spec(folder: Path) -> str:
     return f"open_clip/local-dir:{folder}"
 
 
+def vlmo_spec(folder: Path) -> str:
+    config = VlmoConfig(
+        width=32, depth=2, n_heads=4, mlp_width=64, vl_start=1, image_size_px=32, vocabulary=len(WORDS)
+    )
+    save_file(checkpoint(config), folder / "small.safetensors")
+    write_vocabulary(folder)
+    return f"vlmo/custom:{folder}/small.safetensors"
+
+
+LOSSES_ONLY = tuple(f"model.{name}" for name in ("logit_", "itc_vl_", "itm_score", "mlm_score"))
+"""Parameters that only losses use, not vectors."""
+
 SPECS: dict[str, Callable[[Path], str]] = {
     "tiny": tiny_spec,
     "open_clip": clip_spec,
+    "vlmo": vlmo_spec,
     "random": lambda _: "random:24:1",
     "constant": lambda _: "constant:3",
 }
@@ -68,26 +83,41 @@ def test_info_is_the_same_described_and_loaded(spec: str, encoder: Encoder) -> N
     assert not encoder.training
 
 
-def test_vectors_have_the_stated_shape_and_type(encoder: Encoder) -> None:
+def inputs(encoder: Encoder) -> dict[str, tuple[torch.Tensor, ...]]:
+    """What the encoder takes, by modality."""
     pixels = torch.stack([encoder.image_transform(picture) for picture in PICTURES])
-    assert pixels.shape[1] == 3
-    assert pixels.dtype == torch.float32
-    images, texts = encoder.encode_images(pixels), encoder.encode_texts(encoder.tokenize(TEXTS))
-    assert images.shape == (4, encoder.info.dims["image"])
-    assert texts.shape == (4, encoder.info.dims["text"])
-    assert images.dtype == texts.dtype == torch.float32
+    tokens = encoder.tokenize(TEXTS)
+    every = {"image": (pixels,), "text": (tokens,), "fused": (pixels, tokens)}
+    return {modality: every[modality] for modality in encoder.info.modalities}
+
+
+def encode(encoder: Encoder, modality: str, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    names = {"image": "encode_images", "text": "encode_texts", "fused": "encode_pairs"}
+    vectors: torch.Tensor = getattr(encoder, names[modality])(*given)
+    return vectors
+
+
+def test_vectors_have_the_stated_shape_and_type(encoder: Encoder) -> None:
+    for modality, given in inputs(encoder).items():
+        vectors = encode(encoder, modality, given)
+        assert vectors.shape == (4, encoder.info.dims[modality])
+        assert vectors.dtype == torch.float32
+        if modality == "image":
+            assert given[0].shape[1] == 3
+            assert given[0].dtype == torch.float32
 
 
 def test_a_vector_does_not_depend_on_its_batch(encoder: Encoder) -> None:
-    pixels = torch.stack([encoder.image_transform(picture) for picture in PICTURES])
     with torch.inference_mode():
-        images, texts = encoder.encode_images(pixels), encoder.encode_texts(encoder.tokenize(TEXTS))
-        for row in range(4):
-            torch.testing.assert_close(encoder.encode_images(pixels[row : row + 1])[0], images[row])
-            alone = encoder.encode_texts(encoder.tokenize(TEXTS[row : row + 1]))[0]
-            torch.testing.assert_close(alone, texts[row], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(texts[0], texts[3])
-    torch.testing.assert_close(images[0], images[3])
+        for modality, given in inputs(encoder).items():
+            vectors = encode(encoder, modality, given)
+            for row in range(4):
+                alone = [tensor[row : row + 1] for tensor in given]
+                if modality != "image":
+                    alone[-1] = encoder.tokenize(TEXTS[row : row + 1])
+                found = encode(encoder, modality, tuple(alone))[0]
+                torch.testing.assert_close(found, vectors[row], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(vectors[0], vectors[3])
 
 
 def test_tokenizing_at_once_or_by_row_is_the_same(encoder: Encoder) -> None:
@@ -108,11 +138,13 @@ def test_towers_with_weights_are_differentiable(encoder: Encoder) -> None:
     if not encoder.info.n_parameters:
         assert not list(encoder.parameters())
         return
-    pixels = torch.stack([encoder.image_transform(picture) for picture in PICTURES])
-    loss = encoder.encode_images(pixels).sum() + encoder.encode_texts(encoder.tokenize(TEXTS)).sum()
+    given = inputs(encoder)
+    loss = torch.stack(
+        [encode(encoder, modality, given[modality]).square().sum() for modality in given]
+    ).sum()
     loss.backward()  # type: ignore[no-untyped-call]
     without = [name for name, value in encoder.named_parameters() if value.grad is None]
-    assert without == ["model.logit_scale"]
+    assert all(name.startswith(LOSSES_ONLY) for name in without), without
 
 
 def test_shuffled_is_parsed_and_described_as_its_inner_encoder() -> None:
