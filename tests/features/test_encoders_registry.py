@@ -17,6 +17,7 @@ from features.encoders.clip import build_clip
 from features.encoders.registry import FAMILIES, describe_encoder, inner_spec, load_encoder, parse_shuffled
 from features.encoders.vlmo.config import VlmoConfig
 from features.errors import EncoderError
+from tests.features.small_sentence import save_sentence
 from tests.features.small_vlmo import WORDS, checkpoint, write_vocabulary
 
 SMALL = {
@@ -54,6 +55,9 @@ SPECS: dict[str, Callable[[Path], str]] = {
     "tiny": tiny_spec,
     "open_clip": clip_spec,
     "vlmo": vlmo_spec,
+    "sentence-transformers": lambda folder: (
+        f"sentence-transformers/local-dir:{save_sentence(folder, 'lasttoken')}"
+    ),
     "random": lambda _: "random:24:1",
     "constant": lambda _: "constant:3",
 }
