@@ -178,6 +178,48 @@ def knn_graph(
     return graph
 
 
+def nearest_candidates(
+    vectors: Vectors,
+    rows: Tensor,
+    candidates: Tensor,
+    k: int,
+    *,
+    metric: Metric = "cosine",
+    block_rows: int = 1024,
+    block_columns: int = 8192,
+) -> KnnGraph:
+    """Return the k most similar candidates of some rows, exactly; ties go to the lowest row.
+
+    Args:
+        vectors: (I, F), any float type; rows that are neither asked for nor candidates may hold anything.
+        rows: (B,) int64 rows whose neighbours are wanted; a row is not its own neighbour.
+        candidates: (C,) int64 rows that can be neighbours, ascending.
+        k: neighbours per row.
+        metric: cosine, or the plain inner product.
+        block_rows: rows whose neighbours are searched at once.
+        block_columns: candidates they are compared with at once.
+
+    Returns:
+        (B, k) neighbours and similarities, in the order of ``rows``.
+
+    Raises:
+        IndexingError: not a table of floats, or a row that is used holds NaN or infinity.
+    """
+    used = torch.zeros(len(vectors), dtype=torch.bool, device=rows.device)
+    used[rows] = True
+    used[candidates] = True
+    table = similarity_table(vectors, metric, used=used)
+    candidates = candidates[~_late_duplicates(table, candidates, k)]
+    found = [
+        exact_neighbours(table, block, candidates, k, block_columns=block_columns)
+        for block in _blocks(rows, block_rows)
+    ]
+    if not found:
+        nobody = torch.empty((0, k), dtype=torch.int64, device=rows.device)
+        return KnnGraph(nobody, nobody.float())
+    return KnnGraph(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
 def exact_neighbours(
     table: SimilarityTable, rows: Tensor, candidates: Tensor, k: int, *, block_columns: int = 8192
 ) -> KnnGraph:
