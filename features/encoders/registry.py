@@ -9,6 +9,7 @@
 | `open_clip/hf-hub:<owner>/<name>`, `open_clip/local-dir:<folder>` | a repository in open_clip's layout |
 | `vlmo/base`, `vlmo/base_plus`, `vlmo/large` | released VLMo weights; `:coco` and others, or `:<file>` |
 | `sentence-transformers/<owner>/<name>`, `sentence-transformers/local-dir:<folder>` | that library's layout |
+| `tfidf` | word counts of the catalogue itself, fitted when it is extracted |
 | `random`, `random:<dim>`, `random:<dim>:<seed>` | a Gaussian row seeded by each content |
 | `constant`, `constant:<dim>` | ones |
 | a preset's name, such as `paper/clip` | what `presets.yaml` says |
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from features.encoders import clip, controls, sentence, tiny, vlmo
+from features.encoders import clip, controls, sentence, tfidf, tiny, vlmo
 from features.encoders.base import Encoder, EncoderInfo, digest_json
 from features.encoders.options import join_options, split_options
 from features.encoders.presets import presets
@@ -51,7 +52,12 @@ FAMILIES: dict[str, Family] = {
     "random": Family("random:64:0", controls.describe_control, controls.load_control),
     "constant": Family("constant:64", controls.describe_control, controls.load_control),
 }
-"""The word before the first `/` or `:` of a specification -> its family."""
+"""The word before the first `/`, `:` or `+` of a specification -> its family."""
+
+OF_A_CATALOGUE: dict[str, Family] = {
+    "tfidf": Family("tfidf+dim=256", tfidf.describe_tfidf, tfidf.load_tfidf),
+}
+"""Families that only the extraction of a catalogue can make; their `load` says so."""
 
 _SHUFFLED = "shuffled:"
 
@@ -76,7 +82,7 @@ def describe_encoder(spec: str) -> EncoderInfo:
     shuffled = parse_shuffled(spec)
     if shuffled is not None:
         return _describe_shuffled(spec, shuffled)
-    plain, unit_length = _without_l2(spec)
+    plain, unit_length = plain_spec(spec)
     info = _family(plain).describe(plain)
     return unit_length_info(spec, info) if unit_length else info.model_copy(update={"spec": spec})
 
@@ -94,7 +100,7 @@ def load_encoder(spec: str, *, device: str | torch.device = "cpu") -> Encoder:
             f"encoder {spec!r} encodes nothing: it deals out the rows of {inner!r}; extract {inner!r} and "
             "shuffle its feature table."
         )
-    plain, unit_length = _without_l2(spec)
+    plain, unit_length = plain_spec(spec)
     encoder = _family(plain).load(plain)
     encoder.info = encoder.info.model_copy(update={"spec": spec})
     return (UnitLengthEncoder(spec, encoder) if unit_length else encoder).to(device).eval()
@@ -125,7 +131,7 @@ def inner_spec(spec: str) -> str | None:
     return None if shuffled is None else shuffled.inner
 
 
-def _without_l2(spec: str) -> tuple[str, bool]:
+def plain_spec(spec: str) -> tuple[str, bool]:
     """A preset's name replaced by what it stands for, options kept; and whether unit length is asked for.
 
     Raises:
@@ -150,8 +156,9 @@ def _describe_shuffled(spec: str, shuffled: ShuffledSpec) -> EncoderInfo:
 
 def _family(spec: str) -> Family:
     word = re.split(r"[/:+]", spec, maxsplit=1)[0]
-    if word in FAMILIES:
-        return FAMILIES[word]
+    families = FAMILIES | OF_A_CATALOGUE
+    if word in families:
+        return families[word]
     if word == "given":
         raise EncoderError(
             "encoder 'given' stands for features that came with a dataset and encodes nothing; use it where "
@@ -159,7 +166,7 @@ def _family(spec: str) -> Family:
         )
     base = split_options(spec)[0]
     near = difflib.get_close_matches(base, presets(), n=1)
-    near = near or difflib.get_close_matches(word, [*FAMILIES, "shuffled", "given"], n=1)
-    examples = ", ".join(family.example for family in FAMILIES.values())
+    near = near or difflib.get_close_matches(word, [*families, "shuffled", "given"], n=1)
+    examples = ", ".join(family.example for family in families.values())
     hint = f"did you mean {near[0]!r}? Forms: " if near else "expected a form like "
     raise EncoderError(f"encoder {spec!r} is not known; {hint}{examples}, shuffled:tiny.")
