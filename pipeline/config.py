@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,24 +29,40 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 class FeatureSetConfig(BaseModel, frozen=True, extra="forbid"):
-    """What a recommender reads: one encoder per modality, an empty name where a modality is left out."""
+    """What a recommender reads: the encoders of each modality, none where a modality is left out."""
 
-    image: str = Field(
-        "", description="Encoder of the pictures, as in `tandem encoders`; empty: no pictures."
+    image: str | tuple[str, ...] = Field(
+        "",
+        description="Encoder of the pictures, as in `tandem encoders`, or several; empty: no pictures.",
     )
-    text: str = Field("", description="Encoder of the texts; empty: no texts.")
-    fused: str = Field("", description="Encoder of picture and text together; empty: none.")
+    text: str | tuple[str, ...] = Field("", description="Encoder of the texts, or several; empty: no texts.")
+    fused: str | tuple[str, ...] = Field(
+        "", description="Encoder of picture and text together, or several; empty: none."
+    )
 
     @model_validator(mode="after")
     def _not_empty(self) -> FeatureSetConfig:
         if not self.encoders():
             raise ValueError("a feature set needs at least one of image, text, fused")
+        for modality, encoder in self.encoders():
+            if not encoder:
+                raise ValueError(f"{modality} lists an encoder without a name; name it, or leave it out")
+        for (modality, encoder), times in Counter(self.encoders()).items():
+            if times > 1:
+                raise ValueError(f"{modality} lists {encoder!r} {times} times; list each encoder once")
         return self
 
-    def encoders(self) -> dict[str, str]:
-        """Modality -> encoder, for the modalities it has."""
+    def encoders(self) -> list[tuple[str, str]]:
+        """Return each modality with an encoder of it, for the modalities it has."""
         every = {"image": self.image, "text": self.text, "fused": self.fused}
-        return {modality: encoder for modality, encoder in every.items() if encoder}
+        lists = {modality: _listed(encoders) for modality, encoders in every.items()}
+        return [(modality, encoder) for modality, encoders in lists.items() for encoder in encoders]
+
+
+def _listed(encoders: str | tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(encoders, str):
+        return (encoders,) if encoders else ()
+    return encoders
 
 
 class RecommenderConfig(BaseModel, frozen=True, extra="forbid"):

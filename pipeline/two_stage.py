@@ -135,7 +135,7 @@ def run_two_stage(
 
 def _wanted_features(config: RunConfig) -> list[tuple[str, str]]:
     """Each (modality, encoder) once, in the order of the feature sets."""
-    pairs = [pair for feature_set in config.feature_sets for pair in feature_set.encoders().items()]
+    pairs = [pair for feature_set in config.feature_sets for pair in feature_set.encoders()]
     return list(dict.fromkeys(pairs))
 
 
@@ -146,7 +146,7 @@ def _feature_keys(
     if not recommender.reads_features:
         return [[]]
     return [
-        [result.features[pair].artefact.key for pair in feature_set.encoders().items()]
+        [result.features[pair].artefact.key for pair in feature_set.encoders()]
         for feature_set in config.feature_sets
     ]
 

@@ -87,7 +87,10 @@ def test_a_metric_that_nobody_measures_is_refused_before_the_work(raw: dict[str,
 
 
 def test_a_feature_set_names_its_encoders_by_modality() -> None:
-    assert FeatureSetConfig(image="tiny", text="random").encoders() == {"image": "tiny", "text": "random"}
+    assert FeatureSetConfig(image="tiny", text="random").encoders() == [
+        ("image", "tiny"),
+        ("text", "random"),
+    ]
 
 
 def test_the_template_of_a_configuration_reads_back_to_it() -> None:
