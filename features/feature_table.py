@@ -1,4 +1,4 @@
-"""A feature set in memory: ids, vectors, status; align to an item order, fill, normalise, shuffle, write."""
+"""A feature set in memory: ids, vectors, status; align to an item order, shuffle, write."""
 
 import itertools
 import os
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +14,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from features.errors import FeatureError, FeatureFileError
+from features.errors import FeatureFileError
 from features.parts import ROW_COLUMNS, STATUSES, PartFile, PartRows, part_name, rows_per_part, write_part
 
 StatusType = pl.Enum(list(STATUSES))
-FillHow = Literal["zero", "mean"]
-NormaliseHow = Literal["none", "l2", "standardise"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,54 +145,6 @@ def _check_unique(item_ids: pl.Series, parts: Sequence[PartFile], starts: Sequen
         f"item {repeated!r} is there twice, in {names[0]} and {names[1].name}; expected one row an item; "
         "remove the strange part or extract again."
     )
-
-
-def fill_absent(vectors: Tensor, present: Tensor, how: FillHow = "zero") -> Tensor:
-    """Give the absent rows a vector: zeros, or the mean of the rows that are present.
-
-    Args:
-        vectors: (I, F).
-        present: (I,) bool.
-        how: What absent rows get.
-
-    Raises:
-        FeatureError: The mean is asked for and no row is present.
-    """
-    filled = vectors.clone()
-    if how == "mean" and not present.all():
-        if not present.any():
-            raise FeatureError(
-                f"none of the {len(present)} items has a vector, so there is no mean to fill with; expected "
-                "at least one; check the catalogue, or fill with zero."
-            )
-        filled[~present] = vectors[present].double().mean(dim=0).to(vectors.dtype)
-    else:
-        filled[~present] = 0
-    return filled
-
-
-def normalise(vectors: Tensor, present: Tensor, how: NormaliseHow = "l2") -> Tensor:
-    """Bring the present rows to a common scale; absent rows stay zero, so normalise before filling.
-
-    Args:
-        vectors: (I, F).
-        present: (I,) bool.
-        how: `l2`: each row gets length 1 (a row of zeros stays); `standardise`: each column gets mean 0 and
-            population standard deviation 1 over the present rows (a constant column gets zeros).
-    """
-    if how == "none":
-        return vectors
-    scaled = torch.zeros_like(vectors)
-    rows = vectors[present].double()
-    if how == "l2":
-        lengths = rows.norm(dim=1, keepdim=True)
-        scaled[present] = (rows / lengths.masked_fill(lengths == 0, 1)).to(vectors.dtype)
-    elif len(rows):
-        spread = rows.std(dim=0, correction=0)
-        # Rounding leaves a constant column a spread that is tiny beside its values, and only that.
-        flat = spread <= 1e-9 * rows.abs().amax(dim=0)
-        scaled[present] = ((rows - rows.mean(dim=0)) / spread.masked_fill(flat, torch.inf)).to(vectors.dtype)
-    return scaled
 
 
 def shuffle_rows(features: FeatureSet, rng: np.random.Generator) -> FeatureSet:

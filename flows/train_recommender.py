@@ -27,7 +27,7 @@ def train_recommender_flow(
 
     Args:
         dataset: Name, reference or key of a dataset artefact.
-        features: Feature artefacts to read, one per modality; none for recommenders that read no features.
+        features: Feature artefacts to read, several of a modality if wanted; none where the model reads none.
         config: The recommender, its settings, how it is trained and measured.
         name: Name to keep the run under; empty for none.
         store: Folder or address of the store; empty for the one that `tandem up` was started with.

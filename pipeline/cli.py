@@ -142,7 +142,7 @@ def train(
     dataset: Annotated[str, typer.Argument(help="Name, key or folder of a dataset artefact.")],
     features: Annotated[
         list[str] | None,
-        typer.Option("--features", "-f", help="A feature artefact to read; repeat for more modalities."),
+        typer.Option("--features", "-f", help="A feature artefact to read; repeat for more of them."),
     ] = None,
     model: Annotated[str, typer.Option(help="`tandem recommenders` lists them.")] = "vbpr",
     seed: Annotated[int, typer.Option(help="Of initial parameters, sampling and order.")] = 0,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import polars as pl
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveInt, model_validator
 
 from features.catalogue import Catalogue
-from features.feature_table import FeatureSet, fill_absent, normalise
+from features.feature_table import FeatureSet
+from features.fusion import fuse
+from features.imputation import Filled, Part, fill_absent, fill_from_neighbours, propagate
+from features.transforms import TransformConfig, transform
 from pipeline.errors import DatasetError
 from pipeline.store import Artefact
 from recommenders.feature_input import FeatureTable
@@ -20,19 +24,57 @@ from recommenders.interactions import Interactions, Split
 
 SPLIT_LABELS = ("train", "valid", "test")
 """The names of the parts in ``interactions.parquet``; a label's place is its number in ``splitting``."""
+FUSED = "fused"
+"""The one modality that is left where several are fused at reading."""
 OWN_IMAGES = "images"
 """The folder of a dataset artefact that holds its own pictures, and its ``image_root`` where it does."""
 
 
-class ReadingConfig(BaseModel, frozen=True, extra="forbid"):
-    """How cached features are turned into a recommender's input; part of a run's key."""
+class ReadingConfig(TransformConfig, frozen=True, extra="forbid"):
+    """How cached features are turned into a recommender's input; part of a run's key.
 
-    absent: Literal["zero", "mean"] = Field(
-        "zero", description="What stands in for an absent row: zeros, or the mean of the present rows."
+    First each modality is transformed, then its absent rows are filled, then the modalities are fused.
+    """
+
+    absent: Literal["zero", "mean", "neighbours", "propagate"] = Field(
+        "zero",
+        description="What stands in for an absent row: zeros; the mean of the present rows; the mean of the "
+        "items nearest to it in the other modalities; or what spreads to it from the items that the same "
+        "users interacted with in training.",
     )
-    normalise: Literal["none", "l2", "standardise"] = Field(
-        "l2", description="Rows to unit length, columns to zero mean and unit variance, or nothing."
+    absent_neighbours: PositiveInt = Field(10, description="Nearest items whose mean `neighbours` takes.")
+    propagate_steps: PositiveInt = Field(
+        20, description="Steps of `propagate`, each from items to users and back."
     )
+    fuse: Literal["none", "concat", "sum", "mean", "pca"] = Field(
+        "none",
+        description="Make one modality, `fused`, of all: one after the other, summed, averaged, or their "
+        "principal components; none: the recommender joins them.",
+    )
+    fuse_dim: NonNegativeInt = Field(
+        0, description="Components that `fuse: pca` keeps; 0: as many as there are."
+    )
+
+    @model_validator(mode="after")
+    def _no_idle_fuse_dim(self) -> Self:
+        if self.fuse_dim and self.fuse != "pca":
+            raise ValueError(
+                f"fuse_dim is {self.fuse_dim}, but fuse is {self.fuse}; set fuse to pca, or fuse_dim to 0"
+            )
+        return self
+
+    def identity(self) -> dict[str, JsonValue]:
+        """Return what of these settings goes into a run's key.
+
+        Settings that came later count where they differ from their default, so that runs made before them
+        keep their keys.
+        """
+        every: dict[str, JsonValue] = self.model_dump(mode="json")
+        fields = type(self).model_fields
+        first = ("absent", "normalise")
+        return {
+            name: value for name, value in every.items() if name in first or value != fields[name].default
+        }
 
 
 @dataclass(frozen=True)
@@ -77,40 +119,111 @@ def read_dataset(dataset: Artefact) -> Dataset:
     return Dataset(item_ids=item_ids, user_ids=user_ids, split=split)
 
 
-def read_feature_table(
-    features: Mapping[str, Artefact], item_ids: Sequence[str], config: ReadingConfig
-) -> FeatureTable:
-    """Join feature artefacts by item id, fill what is absent and normalise.
+@dataclass(frozen=True)
+class ReadFeatures:
+    """A recommender's input, and how much of it the items really have."""
+
+    table: FeatureTable
+    counts: dict[str, JsonValue]
+    """Modality -> its width and the number of items that have it (``present``), were given it (``filled``)
+    and are left with zeros (``zero``)."""
+
+
+def modality_names(modalities: Sequence[str]) -> list[str]:
+    """Tell apart several feature sets of one modality: ``image``, ``text``, ``image:2``, as they come."""
+    seen: Counter[str] = Counter()
+    names = []
+    for modality in modalities:
+        seen[modality] += 1
+        names.append(modality if seen[modality] == 1 else f"{modality}:{seen[modality]}")
+    return names
+
+
+def read_features(
+    features: Mapping[str, Artefact],
+    item_ids: Sequence[str],
+    config: ReadingConfig,
+    train: Interactions | None = None,
+) -> ReadFeatures:
+    """Join feature artefacts by item id, transform them, fill what is absent and fuse.
 
     Args:
-        features: Modality -> feature artefact.
+        features: Name in the table, as of :func:`modality_names` -> feature artefact.
         item_ids: The dataset's items, in order.
-        config: How absent rows are filled and rows normalised.
+        config: What is done to the vectors.
+        train: The *training* interactions; ``absent: propagate`` needs them, nothing else looks at them.
 
     Raises:
         DatasetError: A feature artefact holds no row at all for these items: it belongs to other items.
+        FeatureError: More numbers are asked for than there are, or vectors of unequal width are added.
+        ValueError: ``absent: propagate`` without the training interactions.
     """
-    vectors: dict[str, torch.Tensor] = {}
-    present: dict[str, torch.Tensor] = {}
-    for modality, artefact in features.items():
-        stored = FeatureSet.read(artefact.paths("part-*.parquet"))
-        wanted = pl.Series("item_id", item_ids, dtype=pl.String)
-        missing = wanted.filter(~wanted.is_in(stored.item_ids.implode()))
-        if len(missing):
-            raise DatasetError(
-                f"{artefact.ref} covers {len(wanted) - len(missing):,} of {len(wanted):,} items of this "
-                f"dataset, first missing {missing[0]!r}; run `tandem extract` on this dataset."
+    parts = {}
+    for name, artefact in features.items():
+        aligned, has = _align(artefact, item_ids)
+        parts[name] = Part(transform(aligned, has, config, f"{name}, {artefact.ref},"), has)
+    filled = {name: _fill(name, parts, config, train) for name in parts}
+    present = {name: part.present for name, part in parts.items()}
+    if config.fuse != "none" and parts:
+        anything = torch.stack(list(present.values())).any(dim=0)
+        lengths: Literal["none", "l2"] = "l2" if config.normalise == "l2" else "none"
+        joined = fuse(filled, anything, config.fuse, dim=config.fuse_dim, normalise=lengths)
+        filled, present = {FUSED: joined}, {FUSED: anything}
+    counts: dict[str, JsonValue] = {
+        name: {
+            "width": part.vectors.shape[1],
+            "present": int(present[name].sum()),
+            "filled": int((part.known & ~present[name]).sum()),
+            "zero": int((~part.known).sum()),
+        }
+        for name, part in filled.items()
+    }
+    table = FeatureTable(vectors={name: part.vectors for name, part in filled.items()}, present=present)
+    return ReadFeatures(table, counts)
+
+
+def read_feature_table(
+    features: Mapping[str, Artefact],
+    item_ids: Sequence[str],
+    config: ReadingConfig,
+    train: Interactions | None = None,
+) -> FeatureTable:
+    """Return the table of :func:`read_features`, where nobody asks for its counts."""
+    return read_features(features, item_ids, config, train).table
+
+
+def _align(artefact: Artefact, item_ids: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an artefact's (I, F) float32 vectors in the order of the items, and (I,) bool: which it has."""
+    stored = FeatureSet.read(artefact.paths("part-*.parquet"))
+    wanted = pl.Series("item_id", item_ids, dtype=pl.String)
+    missing = wanted.filter(~wanted.is_in(stored.item_ids.implode()))
+    if len(missing):
+        raise DatasetError(
+            f"{artefact.ref} covers {len(wanted) - len(missing):,} of {len(wanted):,} items of this "
+            f"dataset, first missing {missing[0]!r}; run `tandem extract` on this dataset."
+        )
+    aligned, has = stored.align(wanted)
+    if not bool(has.any()):
+        raise DatasetError(
+            f"{artefact.ref} has no usable row for any of the {len(wanted):,} items; look at the columns "
+            "status and reason of its parts, mend the files and run `tandem extract --retry-failed`."
+        )
+    return aligned, has
+
+
+def _fill(name: str, parts: Mapping[str, Part], config: ReadingConfig, train: Interactions | None) -> Filled:
+    """Fill the absent rows of one modality."""
+    vectors, present = parts[name]
+    if config.absent == "neighbours":
+        others = [part for other, part in parts.items() if other != name]
+        return fill_from_neighbours(vectors, present, others, config.absent_neighbours)
+    if config.absent == "propagate":
+        if train is None:
+            raise ValueError(
+                "absent is propagate, which spreads along the training interactions; pass train."
             )
-        aligned, has = stored.align(wanted)
-        if not bool(has.any()):
-            raise DatasetError(
-                f"{artefact.ref} has no usable row for any of the {len(wanted):,} items; look at the columns "
-                "status and reason of its parts, mend the files and run `tandem extract --retry-failed`."
-            )
-        aligned = normalise(aligned, has, config.normalise)
-        vectors[modality] = fill_absent(aligned, has, config.absent)
-        present[modality] = has
-    return FeatureTable(vectors=vectors, present=present)
+        return propagate(vectors, present, train.csr(), config.propagate_steps)
+    return fill_absent(vectors, present, config.absent)
 
 
 def given_features_file(modality: str) -> str:

@@ -13,6 +13,7 @@ from pipeline.comparison.records import NO_FEATURES, RunRecord
 from pipeline.comparison.render import write_comparison
 from pipeline.comparison.tables import Comparison, compare_runs
 from pipeline.progress import SILENT, Reporter
+from pipeline.reading import ReadingConfig
 from pipeline.stages.result import StageResult
 
 if TYPE_CHECKING:
@@ -104,13 +105,18 @@ def read_record(run: Artefact) -> RunRecord:
         seed=int(str(shown["seed"])),
         dataset=str(shown["dataset"]),
         split_fingerprint=str(shown["split_fingerprint"]),
-        settings={name: shown[name] for name in settings},
+        settings={name: _as_now(name, shown[name]) for name in settings},
         valid=part("valid"),
         test=part("test"),
         per_user=pl.read_parquet(run.path("per_user.parquet")),
         evaluation={name: value for name, value in evaluation.items() if not name.startswith("block_")},
         facts={name: float(str(value)) for name, value in run.manifest.facts.items() if name in COSTS},
     )
+
+
+def _as_now(name: str, settings: JsonValue) -> JsonValue:
+    """Settings of a run with those that came after it at their defaults, so that equal runs stay one row."""
+    return ReadingConfig.model_validate(settings).model_dump(mode="json") if name == "reading" else settings
 
 
 def _section(value: JsonValue) -> dict[str, JsonValue]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,14 @@ from pipeline.comparison.records import NO_FEATURES
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.errors import ConfigError
 from pipeline.progress import SILENT, Progress, Reporter
-from pipeline.reading import Dataset, ReadingConfig, read_dataset, read_feature_table
+from pipeline.reading import (
+    Dataset,
+    ReadingConfig,
+    modality_names,
+    read_dataset,
+    read_feature_table,
+    read_features,
+)
 from pipeline.stages.build_index import ITEM_EMBEDDINGS
 from pipeline.stages.result import StageResult
 from recommenders.evaluation import Evaluation, EvaluationConfig, Scorer, evaluate_part
@@ -74,17 +82,18 @@ def train_recommender(
     Args:
         store: Where everything lies.
         dataset: Name, key or folder of a dataset artefact.
-        features: Feature artefacts, at most one a modality; none for models that read none.
+        features: Feature artefacts, several of one modality if wanted; none for models that read none.
         config: Model, settings, reading, training, evaluation, seed.
         reporter: Told of epochs.
         force: Train again although the store has the run.
 
     Raises:
-        ConfigError: Features without a model that reads them, or two of one modality.
+        ConfigError: Features without a model that reads them, or one artefact twice.
+        FeatureError: The features cannot be read as asked: too few numbers, widths that do not add.
         RecommenderError: The model cannot be built or trained as asked.
     """
     data = store.get(dataset, "dataset")
-    tables = _by_modality([store.get(ref, "features") for ref in features], config.model)
+    tables = _by_name([store.get(ref, "features") for ref in features], config.model)
     device = choose_device(config.device)
     label = feature_label({modality: str(a.manifest.parameters["encoder"]) for modality, a in tables.items()})
 
@@ -112,13 +121,19 @@ def train_recommender(
 
 
 def feature_label(encoders: Mapping[str, str]) -> str:
-    """What a feature set is called: "tiny image+text", or "clip image, minilm text" where encoders differ."""
+    """What a feature set is called: "tiny image+text", or "clip image, minilm text" where encoders differ.
+
+    Args:
+        encoders: Name in the feature table, such as ``image`` or ``image:2`` -> encoder.
+    """
     if not encoders:
         return NO_FEATURES
-    short = {modality: encoder.removeprefix("open_clip/") for modality, encoder in encoders.items()}
-    if len(set(short.values())) == 1:
-        return f"{next(iter(short.values()))} {'+'.join(short)}"
-    return ", ".join(f"{encoder} {modality}" for modality, encoder in short.items())
+    short = [
+        (name.partition(":")[0], encoder.removeprefix("open_clip/")) for name, encoder in encoders.items()
+    ]
+    if len({encoder for _, encoder in short}) == 1:
+        return f"{short[0][1]} {'+'.join(modality for modality, _ in short)}"
+    return ", ".join(f"{encoder} {modality}" for modality, encoder in short)
 
 
 def restore_scorer(store: Store, run: Artefact) -> Scorer:
@@ -135,7 +150,8 @@ def restore_scorer(store: Store, run: Artefact) -> Scorer:
     data = read_dataset(store.get(next(ref.key for ref in inputs if ref.kind == "dataset"), "dataset"))
     tables = {ref.role: store.get(ref.key, "features") for ref in inputs if ref.kind == "features"}
     shown = run.manifest.parameters
-    table = read_feature_table(tables, data.item_ids, ReadingConfig.model_validate(shown["reading"]))
+    reading = ReadingConfig.model_validate(shown["reading"])
+    table = read_feature_table(tables, data.item_ids, reading, data.split.train)
     settings = shown["settings"]
     assert isinstance(settings, dict)  # noqa: S101 - as _train_and_measure wrote it
     rng = np.random.default_rng(0)  # a model without parameters draws nothing that stays
@@ -143,19 +159,14 @@ def restore_scorer(store: Store, run: Artefact) -> Scorer:
     return model.scorer(table)
 
 
-def _by_modality(features: Sequence[Artefact], model: str) -> dict[str, Artefact]:
+def _by_name(features: Sequence[Artefact], model: str) -> dict[str, Artefact]:
     if features and not model_entry(model).model.needs_features:
         raise ConfigError(f"{model} reads no features; leave {features[0].ref} out, or choose another model.")
-    tables: dict[str, Artefact] = {}
-    for artefact in features:
-        modality = str(artefact.manifest.parameters["modality"])
-        if modality in tables:
-            raise ConfigError(
-                f"{artefact.ref} and {tables[modality].ref} are both of the modality {modality!r}; "
-                "give one a modality."
-            )
-        tables[modality] = artefact
-    return tables
+    for ref, times in Counter(artefact.ref for artefact in features).items():
+        if times > 1:
+            raise ConfigError(f"{ref} is given {times} times; give each feature artefact once.")
+    names = modality_names([str(artefact.manifest.parameters["modality"]) for artefact in features])
+    return dict(zip(names, features, strict=True))
 
 
 def _identity(
@@ -168,7 +179,7 @@ def _identity(
         "features": {modality: artefact.key for modality, artefact in tables.items()},
         "model": config.model,
         "settings": model_config(config.model, config.settings).model_dump(mode="json"),
-        "reading": config.reading.model_dump(mode="json") if reads else {},
+        "reading": config.reading.identity() if reads else {},
         "training": config.training.model_dump(mode="json"),
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"block_users", "block_mb"}),
         "seed": config.seed,
@@ -187,7 +198,8 @@ def _train_and_measure(
 ) -> None:
     dataset = read_dataset(data)
     split = dataset.split
-    table = read_feature_table(tables, dataset.item_ids, config.reading).to(device)
+    read = read_features(tables, dataset.item_ids, config.reading, split.train)
+    table = read.table.to(device)
     init_rng, training_rng = np.random.default_rng(config.seed).spawn(2)
     model = build_model(config.model, config.settings, split.train, table, init_rng).to(device)
     _forget_peak_memory(device)
@@ -223,6 +235,7 @@ def _train_and_measure(
         resumed_after=trained.resumed_after,
         seconds_by_phase=dict(trained.seconds),
         peak_memory_bytes=_peak_memory(device),
+        features_read=read.counts,
         feature_seconds=sum(artefact.manifest.seconds for artefact in tables.values()),
         feature_bytes=sum(artefact.manifest.bytes for artefact in tables.values()),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -11,8 +11,6 @@ from features.errors import FeatureError, FeatureFileError
 from features.feature_table import (
     FeatureSet,
     StatusType,
-    fill_absent,
-    normalise,
     read_rows,
     shuffle_rows,
     write_features,
@@ -159,47 +157,6 @@ def test_align_never_shows_what_an_unreadable_row_holds() -> None:
     for ids in (features.item_ids, ["i4", "i1"]):
         vectors, present = features.align(ids)
         assert not vectors[~present].any()
-
-
-def test_filling_with_the_mean_looks_at_present_rows_only() -> None:
-    vectors = torch.tensor([[1.0, 2.0], [9.0, 9.0], [3.0, 6.0]])
-    present = torch.tensor([True, False, True])
-    assert fill_absent(vectors, present, "mean").tolist() == [[1, 2], [2, 4], [3, 6]]
-    assert fill_absent(vectors, present, "zero").tolist() == [[1, 2], [0, 0], [3, 6]]
-    assert vectors[1].tolist() == [9, 9], "the input must stay"
-
-
-def test_there_is_no_mean_of_nothing() -> None:
-    with pytest.raises(FeatureError, match="none of the 2 items has a vector"):
-        fill_absent(torch.zeros(2, 2), torch.zeros(2, dtype=torch.bool), "mean")
-    assert fill_absent(torch.zeros(0, 2), torch.zeros(0, dtype=torch.bool), "mean").shape == (0, 2)
-
-
-def test_l2_gives_present_rows_length_one_and_leaves_zeros() -> None:
-    vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0], [5.0, 0.0]])
-    scaled = normalise(vectors, torch.tensor([True, True, False]), "l2")
-    torch.testing.assert_close(scaled, torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.0, 0.0]]))
-    assert normalise(vectors, torch.ones(3, dtype=torch.bool), "none") is vectors
-
-
-def test_l2_of_float16_does_not_overflow() -> None:
-    vectors = torch.full((1, 1000), 60_000.0, dtype=torch.float16)
-    scaled = normalise(vectors, torch.tensor([True]), "l2")
-    assert scaled.double().norm().item() == pytest.approx(1, rel=1e-3)
-
-
-def test_standardise_agrees_with_numpy_over_the_present_rows() -> None:
-    vectors = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) * 5 + 100
-    vectors[:, 1] = 0.1  # constant
-    present = torch.arange(50) % 4 != 0
-    scaled = normalise(vectors, present, "standardise")
-    rows = vectors[present].double().numpy()
-    expected = (rows - rows.mean(0)) / np.where(rows.std(0) < 1e-6, np.inf, rows.std(0))
-    np.testing.assert_allclose(scaled[present].numpy(), expected, atol=1e-5)
-    assert not scaled[~present].any()
-    assert not scaled[:, 1].any()
-    nobody = torch.zeros(50, dtype=torch.bool)
-    assert not normalise(vectors, nobody, "standardise").any()
 
 
 def test_shuffling_deals_every_vector_to_another_item_and_nobody_goes_missing() -> None:

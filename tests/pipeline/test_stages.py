@@ -216,9 +216,6 @@ def test_refusals_of_the_stages(store: Store, finished: TwoStageResult) -> None:
         extract_features(store, data, FeaturesConfig(encoder="given"))
     with pytest.raises(ConfigError, match="reads no features"):
         train_recommender(store, data, [image], RunSettings(model="popularity"))
-    shuffled = finished.features["image", "shuffled:random:8"].artefact.key
-    with pytest.raises(ConfigError, match="both of the modality 'image'"):
-        train_recommender(store, data, [image, shuffled], RunSettings(model="vbpr"))
     with pytest.raises(StoreError, match="not in the store"):
         train_recommender(store, "nothing-there", [text], RunSettings())
     knn = next(r for r in finished.runs if r.artefact.manifest.parameters["model"] == "itemknn_content")
