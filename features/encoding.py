@@ -9,16 +9,23 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import BaseModel, Field, JsonValue, NonNegativeInt
 from torch import Tensor
 
 from features.assembling import Assembler, Plan
+from features.batch_size import activation_bytes, fitting_batch_size
 from features.catalogue import Modality
 from features.encoders.base import Encoder
 from features.errors import EncoderError
 from features.images import ImageLimits
 from features.loading import Loaded, Loader, Source, choose_workers, prefetched
 from features.parts import StoredDtype, Vectors, check_finite
+from features.precision import PrecisionChoice, compute_dtype, in_precision
+
+_BLANK_PX = 64
+_LONG_TEXT = 512
+"""Tokens from which on a batch has fewer rows instead of more memory."""
 
 PICTURES_PER_REQUEST = 16
 """What a loader worker loads at a time: little enough that a first batch is there soon."""
@@ -28,11 +35,24 @@ class ExtractionConfig(BaseModel, frozen=True, extra="forbid"):
     """How a catalogue is encoded."""
 
     batch_size: NonNegativeInt = Field(
-        0, description="Items encoded at a time; 0: 64 on a CPU, 256 on a GPU."
+        0, description="Items encoded at a time; 0: as many as `memory_mb` holds, 64 on a CPU, 1024 on a GPU."
+    )
+    memory_mb: NonNegativeInt = Field(
+        0, description="Memory for what a batch makes on its way; 0: 1,024 on a CPU, 8,192 on a GPU."
     )
     dtype: StoredDtype = Field("float16", description="Type of the stored numbers.")
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="What the encoder computes in; below float32 by automatic mixed precision."
+    precision: PrecisionChoice = Field(
+        "float32",
+        description="What the encoder computes in, its weights too. auto: bfloat16 where the device is made "
+        "for it and a probe stays close to float32.",
+    )
+    compile: bool = Field(
+        False, description="Have torch compile the encoder first: a minute, won back on large catalogues."
+    )
+    draft_jpeg: bool = Field(
+        False,
+        description="Decode large JPEGs at 1/2, 1/4 or 1/8, never below twice the encoder's size: faster, "
+        "and not exact.",
     )
     rows_per_part: NonNegativeInt = Field(
         0,
@@ -46,7 +66,8 @@ class ExtractionConfig(BaseModel, frozen=True, extra="forbid"):
 
     def identity(self) -> dict[str, JsonValue]:
         """The settings that can change a vector, be it by its last bit: what belongs into a key."""
-        changing = {"batch_size", "dtype", "precision", "rows_per_part", "limits"}
+        changing = {"batch_size", "memory_mb", "dtype", "precision", "compile", "rows_per_part", "limits"}
+        changing |= {"draft_jpeg"}
         identity: dict[str, JsonValue] = self.model_dump(mode="json", include=changing)
         return identity
 
@@ -96,12 +117,16 @@ class EncodingRun:
     """
 
     def __init__(self, encoder: Encoder, modality: Modality, plan: Plan, config: ExtractionConfig) -> None:
-        self.encoder = encoder
+        if config.precision == "auto":
+            raise ValueError("precision 'auto' has to be settled first, by `settle_precision`")
+        self.encoder = in_precision(encoder, config.precision)
         self.modality = modality
         self.plan = plan
         self.config = config
         self.device = next((tensor.device for tensor in encoder.parameters()), torch.device("cpu"))
-        self.batch_size = config.batch_size or (64 if self.device.type == "cpu" else 256)
+        self.batch_size = config.batch_size or self._fitting()
+        self._dtype = compute_dtype(self.encoder)
+        self._forward = torch.compile(self._encode, dynamic=True) if config.compile else self._encode
         self.empty: Vectors = np.empty((0, encoder.info.dims[modality]), config.dtype)
         n_pictures = 0 if modality == "text" else int((plan.known < 0).sum())
         self.workers = choose_workers(config.workers, config.n_workers, n_pictures, self.device)
@@ -117,7 +142,21 @@ class EncodingRun:
             self.config.limits,
             None if self.modality == "text" else self.encoder.image_transform,
             None if self.modality == "image" else self.encoder.tokenizer,
+            2 * self.encoder.info.image_size_px if self.config.draft_jpeg else 0,
         )
+
+    def _fitting(self) -> int:
+        """The batch size that the memory setting allows."""
+        pixels = tokens = None
+        if self.modality != "text":
+            blank = self.encoder.image_transform(Image.new("RGB", (_BLANK_PX, _BLANK_PX)))
+            pixels = blank[None].to(self.device, compute_dtype(self.encoder))
+        if self.modality != "image":
+            words = "a " * min(self.encoder.info.context_length, _LONG_TEXT)
+            tokens = self.encoder.tokenize([words])[:, :_LONG_TEXT].to(self.device)
+        with evaluating(self.encoder):
+            item_bytes = activation_bytes(self.encoder, pixels, tokens)
+        return fitting_batch_size(item_bytes, self.device, self.config.memory_mb)
 
     def encode(self, parts: Sequence[int], loader: Loader, assembler: Assembler) -> None:
         """Encode what the parts need, batch by batch."""
@@ -137,6 +176,17 @@ class EncodingRun:
                 self._land(assembler)
             assembler.finish()
         self.seconds = time.perf_counter() - started
+
+    def encode_once(self, loaded: Loaded) -> Tensor:
+        """(R, D) float32 of a few contents, batch by batch, in the order in which they were loaded."""
+        rows = []
+        with evaluating(self.encoder), torch.inference_mode():
+            for start in range(0, len(loaded.readable), self.batch_size):
+                some = slice(start, start + self.batch_size)
+                pixels = None if loaded.pixels is None else loaded.pixels[some]
+                tokens = self.encoder.pad(loaded.token_ids[some]) if loaded.token_ids else None
+                rows.append(self._vectors(pixels, tokens).cpu())
+        return torch.cat(rows) if rows else torch.zeros(0, self.empty.shape[1])
 
     def _requests(self, parts: Sequence[int]) -> Iterator[tuple[_Request, list[Source]]]:
         """What the loader workers load: a whole part's texts, to be sorted, or a few pictures."""
@@ -185,16 +235,18 @@ class EncodingRun:
     def _text_batches(self, part: int, contents: list[int], token_ids: list[list[int]]) -> Iterator[_Batch]:
         """Texts of like length together, so that little of a batch is padding."""
         order = sorted(range(len(contents)), key=lambda at: len(token_ids[at]))
-        for start in range(0, len(order), self.batch_size):
-            some = order[start : start + self.batch_size]
+        while order:
+            n_rows = self.batch_size
+            longest = len(token_ids[order[min(n_rows, len(order)) - 1]])
+            if longest > _LONG_TEXT:  # as many tokens as a batch of long texts has, in fewer rows
+                n_rows = max(1, n_rows * _LONG_TEXT // longest)
+            some, order = order[:n_rows], order[n_rows:]
             tokens = self.encoder.pad([token_ids[at] for at in some])
             yield _Batch(part, [contents[at] for at in some], None, tokens)
 
     def _launch(self, batch: _Batch) -> _InFlight:
         """Hand a batch to the encoder; on a GPU this returns before it is done."""
-        precision = getattr(torch, self.config.precision)
-        with torch.autocast(self.device.type, precision, enabled=self.config.precision != "float32"):
-            vectors = self._forward(_move(batch.pixels, self.device), _move(batch.tokens, self.device))
+        vectors = self._vectors(batch.pixels, batch.tokens)
         if vectors.shape != (len(batch.contents), self.empty.shape[1]):
             raise EncoderError(
                 f"encoder {self.encoder.info.spec!r} gave {self.modality} vectors of shape "
@@ -210,7 +262,16 @@ class EncodingRun:
         done.record(torch.cuda.current_stream(self.device))
         return _InFlight(batch, host, done)
 
-    def _forward(self, pixels: Tensor | None, tokens: Tensor | None) -> Tensor:
+    def _vectors(self, pixels: Tensor | None, tokens: Tensor | None) -> Tensor:
+        """(B, D) float32 on the device."""
+        pixels = _move(pixels, self.device)
+        if pixels is not None:
+            pixels = pixels.to(self._dtype)
+            if self.device.type == "cuda":
+                pixels = pixels.to(memory_format=torch.channels_last)
+        return self._forward(pixels, _move(tokens, self.device)).float()
+
+    def _encode(self, pixels: Tensor | None, tokens: Tensor | None) -> Tensor:
         if tokens is None and pixels is not None:
             return self.encoder.encode_images(pixels)
         if pixels is None and tokens is not None:

@@ -5,6 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from features.assembling import Assembler, PartWriter, Plan, whole_part
 from features.catalogue import Catalogue, Modality, TextConfig
 from features.encoders.base import Encoder, EncoderInfo, digest_json
@@ -12,8 +15,16 @@ from features.encoding import EncodingRun, ExtractionConfig
 from features.errors import EncoderError
 from features.known import KnownVectors
 from features.parts import part_name, rows_per_part
+from features.precision import PrecisionReport, has_bfloat16, judge, spread
 
-__all__ = ["ExtractionConfig", "ExtractionReport", "Progress", "extract", "recipe_digest"]
+__all__ = [
+    "ExtractionConfig",
+    "ExtractionReport",
+    "Progress",
+    "extract",
+    "recipe_digest",
+    "settle_precision",
+]
 
 Progress = Callable[[int, int], None]
 """Takes rows done and rows in all."""
@@ -40,6 +51,8 @@ class ExtractionReport:
     dtype: str
     device: str
     batch_size: int
+    precision: str
+    """What the encoder computed in."""
     workers: str
     seconds: float
     items_per_s: float
@@ -61,8 +74,51 @@ def recipe_digest(info: EncoderInfo, modality: Modality, config: ExtractionConfi
             "modality": modality,
             "dtype": config.dtype,
             "precision": config.precision,
+            "draft_jpeg": config.draft_jpeg and modality != "text",
         }
     )
+
+
+def settle_precision(
+    encoder: Encoder,
+    catalogue: Catalogue,
+    modality: Modality,
+    config: ExtractionConfig,
+    *,
+    text: TextConfig | None = None,
+) -> tuple[ExtractionConfig, PrecisionReport]:
+    """Turn precision `auto` into the one to take; any other stays.
+
+    Returns:
+        The configuration with the precision that is computed in, and why.
+    """
+    if config.precision != "auto":
+        return config, PrecisionReport(config.precision, f"{config.precision}, as asked for")
+    device = next((tensor.device for tensor in encoder.parameters()), torch.device("cpu"))
+    if not encoder.info.n_parameters:
+        report = PrecisionReport("float32", "float32, as this encoder has no weights")
+    elif not has_bfloat16(device):
+        report = PrecisionReport("float32", f"float32, as this {device.type} has no bfloat16 instructions")
+    else:
+        report = judge(*_probe(encoder, catalogue, modality, config, text))
+    return config.model_copy(update={"precision": report.taken}), report
+
+
+def _probe(
+    encoder: Encoder,
+    catalogue: Catalogue,
+    modality: Modality,
+    config: ExtractionConfig,
+    text: TextConfig | None,
+) -> tuple[Tensor, Tensor]:
+    """(N, D) vectors of some of the catalogue's contents in float32 and in bfloat16."""
+    plan = Plan.make(catalogue.contents(modality, text), 1, None)
+    sources = [plan.source(content) for content in spread(range(plan.first_content[-1]))]
+    vectors = []
+    for precision in ("float32", "bfloat16"):
+        run = EncodingRun(encoder, modality, plan, config.model_copy(update={"precision": precision}))
+        vectors.append(run.encode_once(run.loader(catalogue.image_root)(sources)))
+    return vectors[0], vectors[1]
 
 
 def extract(
@@ -100,6 +156,8 @@ def extract(
     """
     started = time.perf_counter()
     config = config or ExtractionConfig()
+    asked = config.precision
+    config, precision = settle_precision(encoder, catalogue, modality, config, text=text)
     if modality not in encoder.info.modalities:
         raise EncoderError(
             f"encoder {encoder.info.spec!r} has no modality {modality!r}; it has "
@@ -134,12 +192,13 @@ def extract(
         dtype=config.dtype,
         device=run.device.type,
         batch_size=run.batch_size,
+        precision=config.precision,
         workers=f"{run.workers.count} {run.workers.kind}",
         seconds=time.perf_counter() - started,
         items_per_s=run.n_encoded / run.seconds if run.seconds else 0.0,
         waiting_share=run.waiting_s / run.seconds if run.seconds else 0.0,
         reasons=dict(assembler.reasons.most_common(10)),
-        notes=(*encoder.notes, *notes),
+        notes=(*encoder.notes, *([precision.reason] if asked == "auto" else []), *notes),
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from features.encoders.base import ImageTransform, Tokenizer
@@ -61,12 +62,14 @@ class Loader:
         limits: What picture is too large.
         transform: None where no pictures are wanted.
         tokenizer: None where no texts are wanted.
+        draft_px: JPEGs may be decoded smaller, down to this side; 0: all are decoded exactly.
     """
 
     image_root: str
     limits: ImageLimits
     transform: ImageTransform | None
     tokenizer: Tokenizer | None
+    draft_px: int = 0
 
     def __call__(self, sources: Sequence[Source]) -> Loaded:
         """Load what can be loaded; a picture that cannot be read costs its own row only."""
@@ -74,13 +77,16 @@ class Loader:
         for position, source in enumerate(sources):
             try:
                 if self.transform is not None:
-                    pixels.append(self.transform(open_image(self._picture(source), self.limits)))
+                    pixels.append(self.transform(self._open(source)))
                 readable.append(position)
             except UnreadableImage as error:
                 failures[position] = error.reason
         texts = [sources[position].text for position in readable]
         token_ids = self.tokenizer(texts) if self.tokenizer is not None and texts else []
         return Loaded(readable, torch.stack(pixels) if pixels else None, token_ids, failures)
+
+    def _open(self, source: Source) -> Image.Image:
+        return open_image(self._picture(source), self.limits, draft_px=self.draft_px)
 
     def _picture(self, source: Source) -> bytes:
         """The bytes that were there at import, from whichever file still has them."""

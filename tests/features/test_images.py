@@ -361,3 +361,28 @@ def test_a_file_is_not_read_past_the_limit(tmp_path: Path) -> None:
     assert read_picture(str(tmp_path), "x.png", ImageLimits(max_bytes=10)) == b"0123456789"
     with pytest.raises(UnreadableImage, match="more than the 9 bytes"):
         read_picture(str(tmp_path), "x.png", ImageLimits(max_bytes=9))
+
+
+def test_a_large_jpeg_may_be_decoded_smaller_but_never_below_twice_the_size() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8))
+    data = io.BytesIO()
+    picture.resize((1800, 1200), Image.Resampling.BICUBIC).save(data, "JPEG", quality=92)
+    exact, drafted = open_image(data.getvalue()), open_image(data.getvalue(), draft_px=448)
+    assert exact.size == (1800, 1200)
+    assert drafted.size == (900, 600)
+    assert open_image(data.getvalue(), draft_px=1300).size == (1800, 1200)
+    target = (224, 224)
+    difference = np.abs(
+        np.asarray(exact.resize(target, Image.Resampling.BICUBIC), np.int16)
+        - np.asarray(drafted.resize(target, Image.Resampling.BICUBIC), np.int16)
+    )
+    assert 0 < difference.max() <= 8  # noise of sharp edges; see the next test for its size on photographs
+    assert difference.mean() < 0.5
+
+
+def test_drafting_changes_nothing_but_large_jpegs() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8))
+    for kind in ("PNG", "WEBP"):
+        data = io.BytesIO()
+        picture.save(data, kind)
+        assert open_image(data.getvalue(), draft_px=64).tobytes() == open_image(data.getvalue()).tobytes()
