@@ -125,8 +125,8 @@ class ReadFeatures:
 
     table: FeatureTable
     counts: dict[str, JsonValue]
-    """Modality -> its width and the number of items that have it (``present``), were given it (``filled``)
-    and are left with zeros (``zero``)."""
+    """Modality, and what all were fused to -> its width and the number of items that have it (``present``),
+    were given it (``filled``) and are left with zeros (``zero``)."""
 
 
 def modality_names(modalities: Sequence[str]) -> list[str]:
@@ -164,22 +164,24 @@ def read_features(
         parts[name] = Part(transform(aligned, has, config, f"{name}, {artefact.ref},"), has)
     filled = {name: _fill(name, parts, config, train) for name in parts}
     present = {name: part.present for name, part in parts.items()}
+    counts: dict[str, JsonValue] = {name: _counts(part, present[name]) for name, part in filled.items()}
     if config.fuse != "none" and parts:
         anything = torch.stack(list(present.values())).any(dim=0)
         lengths: Literal["none", "l2"] = "l2" if config.normalise == "l2" else "none"
         joined = fuse(filled, anything, config.fuse, dim=config.fuse_dim, normalise=lengths)
         filled, present = {FUSED: joined}, {FUSED: anything}
-    counts: dict[str, JsonValue] = {
-        name: {
-            "width": part.vectors.shape[1],
-            "present": int(present[name].sum()),
-            "filled": int((part.known & ~present[name]).sum()),
-            "zero": int((~part.known).sum()),
-        }
-        for name, part in filled.items()
-    }
+        counts[f"fused by {config.fuse}"] = _counts(joined, anything)
     table = FeatureTable(vectors={name: part.vectors for name, part in filled.items()}, present=present)
     return ReadFeatures(table, counts)
+
+
+def _counts(filled: Filled, present: torch.Tensor) -> dict[str, JsonValue]:
+    return {
+        "width": filled.vectors.shape[1],
+        "present": int(present.sum()),
+        "filled": int((filled.known & ~present).sum()),
+        "zero": int((~filled.known).sum()),
+    }
 
 
 def read_feature_table(

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import polars as pl
@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from safetensors.torch import save_file
 
+from features.catalogue import Modality
 from features.feature_table import FeatureSet
 from features.parts import PartRows, write_part
 from pipeline.comparison.records import NO_FEATURES
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from recommenders.models.base import Recommender
 
 USER_EMBEDDINGS = "user_embeddings.parquet"
+MODALITY_ORDER: tuple[str, ...] = get_args(Modality)
+"""The order in which models are given them, whatever order they are named in."""
 SMALL_MODEL = 1_000_000
 """Parameters below which one thread trains a model."""
 
@@ -165,8 +168,11 @@ def _by_name(features: Sequence[Artefact], model: str) -> dict[str, Artefact]:
     for ref, times in Counter(artefact.ref for artefact in features).items():
         if times > 1:
             raise ConfigError(f"{ref} is given {times} times; give each feature artefact once.")
-    names = modality_names([str(artefact.manifest.parameters["modality"]) for artefact in features])
-    return dict(zip(names, features, strict=True))
+    # One order of modalities, as models draw and join in this order and the key does not know another.
+    modalities = [str(artefact.manifest.parameters["modality"]) for artefact in features]
+    ordered = sorted(zip(modalities, features, strict=True), key=lambda pair: MODALITY_ORDER.index(pair[0]))
+    names = modality_names([modality for modality, _ in ordered])
+    return {name: artefact for name, (_, artefact) in zip(names, ordered, strict=True)}
 
 
 def _identity(

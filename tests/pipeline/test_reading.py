@@ -157,7 +157,7 @@ def test_what_was_filled_is_fused_too(kept: dict[str, Artefact]) -> None:
     apart = read_feature_table(kept, ITEM_IDS, ReadingConfig(absent="mean"))
     expected = torch.cat(list(apart.vectors.values()), dim=1)
     torch.testing.assert_close(fused.table.vectors["fused"], expected)
-    assert fused.counts["fused"] == {"width": 20, "present": 39, "filled": 1, "zero": 0}
+    assert fused.counts["fused by concat"] == {"width": 20, "present": 39, "filled": 1, "zero": 0}
 
 
 def test_sums_of_unequal_widths_name_each(kept: dict[str, Artefact]) -> None:
@@ -261,7 +261,8 @@ def test_two_encoders_of_one_modality_train_and_restore(
     assert run.manifest.parameters["feature_set"] == "random:8 image, random:6 image, random:8 text"
     read = run.manifest.facts["features_read"]
     assert isinstance(read, dict)
-    assert list(read) == (["fused"] if "fuse" in reading else ["image", "image:2", "text"])
+    fused = [f"fused by {reading['fuse']}"] if "fuse" in reading else []
+    assert set(read) == {"image", "image:2", "text", *fused}
     n_users, n_items = read_dataset(data).split.n_users, read_dataset(data).split.n_items
     assert restore_scorer(store, run)(torch.arange(n_users)).shape == (n_users, n_items)
 
@@ -271,6 +272,16 @@ def test_the_order_of_two_encoders_of_one_modality_is_part_of_the_key(
 ) -> None:
     one = train(store, data, extracted[:2], settings())
     assert train(store, data, extracted[:2][::-1], settings()).key != one.key
+
+
+def test_the_order_of_modalities_is_not(store: Store, data: Artefact, extracted: list[str]) -> None:
+    first_image, second_image, text = extracted
+    one = train(store, data, extracted, settings())
+    other = train_recommender(store, data.key, [text, first_image, second_image], settings(), force=True)
+    assert other.artefact.key == one.key
+    assert other.artefact.manifest.parameters == one.manifest.parameters
+    for name in ("model.safetensors", "metrics.parquet"):
+        assert other.artefact.manifest.files[name] == one.manifest.files[name]
 
 
 def test_an_artefact_given_twice_is_refused(store: Store, data: Artefact, extracted: list[str]) -> None:
@@ -363,3 +374,11 @@ def test_a_feature_set_lists_encoders_in_the_order_of_its_modalities() -> None:
 def test_lists_that_are_no_feature_set_are_refused(raw: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         parse_config({"feature_sets": [raw]}, RunConfig)
+
+
+def test_the_documented_example_is_valid_and_every_setting_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "reading.md").read_text()
+    example = text.split("```yaml\n")[1].split("```")[0]
+    config = parse_config(yaml.safe_load(example), RunConfig)
+    assert config.reading.identity() != ReadingConfig().identity()
+    assert [name for name in ReadingConfig.model_fields if f"`{name}" not in text] == []
