@@ -10,6 +10,9 @@ from features.errors import FeatureError
 from features.imputation import Filled
 from features.transforms import TransformConfig, fit_transform, unit_length
 
+_BLOCK_ROWS = 4096
+"""Items whose parts are added at once, in float64."""
+
 FuseHow = Literal["concat", "sum", "mean", "pca"]
 
 
@@ -51,13 +54,14 @@ def fuse(
             fitted.maps.append(unit_length)
         return Filled(fitted.apply(joined, known), known)
     _check_equal_widths(parts, how)
-    total = torch.zeros_like(next(iter(parts.values())).vectors, dtype=torch.float64)
-    for part in parts.values():
-        total += _or_zeros(part)
-    if how == "mean":
-        counts = torch.stack([part.known for part in parts.values()]).sum(dim=0)
-        total /= counts.clamp(min=1).unsqueeze(1)
-    return Filled(total.float(), known)
+    counts = torch.stack([part.known for part in parts.values()]).sum(dim=0).clamp(min=1)
+    result = torch.empty(next(iter(parts.values())).vectors.shape)
+    for start in range(0, len(result), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        block = [_or_zeros(Filled(part.vectors[rows], part.known[rows])) for part in parts.values()]
+        total = torch.stack(block).double().sum(dim=0)
+        result[rows] = (total / counts[rows].unsqueeze(1) if how == "mean" else total).float()
+    return Filled(result, known)
 
 
 def _or_zeros(part: Filled) -> Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
+import features.fusion
 from features.errors import FeatureError
 from features.fusion import FuseHow, fuse
 from features.imputation import Filled
@@ -47,6 +48,14 @@ def test_parts_are_joined_as_a_plain_loop_joins_them(how: FuseHow, widths: tuple
     np.testing.assert_allclose(joined.numpy(), plain(tables, how), rtol=1e-5, atol=1e-6)
     assert torch.equal(known, anything(tables))
     assert not joined[-1].any()
+
+
+@pytest.mark.parametrize("how", ["sum", "mean"])
+def test_sums_in_blocks_are_the_whole_sums(how: FuseHow, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = parts(3, 3)
+    whole = fuse(tables, anything(tables), how).vectors
+    monkeypatch.setattr(features.fusion, "_BLOCK_ROWS", 7)
+    assert torch.equal(fuse(tables, anything(tables), how).vectors, whole)
 
 
 def test_components_of_the_concatenation_agree_with_scikit_learn() -> None:

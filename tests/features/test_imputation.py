@@ -109,6 +109,25 @@ def test_an_item_whose_modalities_nobody_has_together_asks_them_one_by_one() -> 
     assert known.all()
 
 
+def test_a_table_without_absent_rows_stays() -> None:
+    whole = table(10, 3, seed=0, absent_share=0)
+    assert whole.present.all()
+    for filled, known in (
+        fill_from_neighbours(*whole, [table(10, 2, seed=1)], 3),
+        propagate(*whole, some_interactions(4, 10), 3),
+        fill_absent(*whole, "mean"),
+    ):
+        assert torch.equal(filled, whole.vectors)
+        assert known.all()
+
+
+def test_many_neighbours_are_averaged_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = table(40, 5, seed=0), table(40, 3, seed=1)
+    whole = fill_from_neighbours(*own, [other], 4)
+    monkeypatch.setattr(features.imputation, "_BLOCK_NUMBERS", 50)
+    assert torch.equal(fill_from_neighbours(*own, [other], 4).vectors, whole.vectors)
+
+
 def test_neighbours_of_permuted_items_are_permuted() -> None:
     own, other = table(40, 5, seed=0), table(40, 3, seed=1)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2))

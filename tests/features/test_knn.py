@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.errors import IndexingError
-from features.knn import Metric, knn_graph, similarity_table
+from features.knn import Metric, knn_graph, nearest_candidates, similarity_table
 
 
 def plain_graph(
@@ -131,6 +131,36 @@ def test_a_row_of_zeros_is_equally_far_from_all() -> None:
     assert graph.neighbours[0].tolist() == [1, 2, 3]
     assert graph.similarities[0].tolist() == [0.0, 0.0, 0.0]
     assert graph.neighbours[1].tolist() == [3, 0, 2]
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize(("block_rows", "block_columns"), [(1024, 8192), (7, 5)])
+def test_only_candidates_are_neighbours_of_the_rows_that_were_asked_for(
+    alike: bool, block_rows: int, block_columns: int
+) -> None:
+    vectors = np.ones((40, 4), dtype=np.float32) if alike else clustered(40, 4)
+    candidates = np.flatnonzero(np.arange(40) % 3 == 0)
+    rows = np.array([31, 2, 3, 0])  # in any order; 3 and 0 are candidates themselves
+    vectors[37:39] = np.nan  # used by nobody
+    found = nearest_candidates(
+        torch.from_numpy(vectors),
+        torch.from_numpy(rows),
+        torch.from_numpy(candidates),
+        3,
+        block_rows=block_rows,
+        block_columns=block_columns,
+    )
+    for place, row in enumerate(rows):
+        present = np.isin(np.arange(40), [row, *candidates])
+        expected, similarities = plain_graph(vectors, 3, "cosine", present)
+        np.testing.assert_array_equal(found.neighbours[place].numpy(), expected[row])
+        np.testing.assert_allclose(found.similarities[place].numpy(), similarities[row], rtol=1e-6)
+
+
+def test_nobody_asks_and_nobody_is_a_candidate() -> None:
+    vectors, nobody = torch.ones(4, 2), torch.zeros(0, dtype=torch.int64)
+    assert nearest_candidates(vectors, nobody, torch.arange(4), 2).neighbours.shape == (0, 2)
+    assert nearest_candidates(vectors, torch.arange(2), nobody, 2).neighbours.tolist() == [[-1, -1]] * 2
 
 
 def test_a_permuted_table_permutes_the_graph() -> None:
