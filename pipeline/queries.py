@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from features.encoders.registry import load_encoder
 from features.images import ImageLimits, UnreadableImage, open_image
 from features.indexing import load_index, search
 from features.texts import clean_text
@@ -22,7 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.progress import SILENT, Reporter
 from pipeline.reading import read_dataset
 from pipeline.stages.build_index import vector_files
-from pipeline.stages.extract_features import CONTROLS
+from pipeline.stages.extract_features import CONTROLS, restore_encoder
 from pipeline.stages.train_recommender import restore_scorer
 from recommenders.evaluation import recommend_top_k
 
@@ -73,7 +72,7 @@ def similar_items(store: Store, index: str, query: Query, k: int = 10) -> list[H
     source = store.get(artefact.manifest.inputs[0].key)
     faiss_index = load_index(artefact.path("index.faiss"))
     item_ids: list[str] = pl.read_parquet(artefact.path("item_ids.parquet"))["item_id"].to_list()
-    vector = _item_vector(source, query.item) if query.item else _encode(source, query)
+    vector = _item_vector(source, query.item) if query.item else _encode(store, source, query)
     rows, similarities = search(faiss_index, vector[None], k + 1)
     titles = _titles(store, source)
     hits = [
@@ -104,7 +103,7 @@ def _item_vector(source: Artefact, item_id: str) -> NDArray[np.float32]:
     return vector
 
 
-def _encode(source: Artefact, query: Query) -> NDArray[np.float32]:
+def _encode(store: Store, source: Artefact, query: Query) -> NDArray[np.float32]:
     """Encode a text or a picture with the encoder that made the indexed vectors."""
     shown = source.manifest.parameters
     spec = str(shown.get("encoder", ""))
@@ -116,7 +115,7 @@ def _encode(source: Artefact, query: Query) -> NDArray[np.float32]:
             f"{source.ref} was made by {spec or 'a recommender'}, which cannot encode a {wanted} query; "
             "ask by --item, or in an index of an encoder with both towers."
         )
-    encoder = load_encoder(spec)
+    encoder = restore_encoder(store, source)
     with torch.inference_mode():
         if query.text:
             encoded = encoder.encode_texts(encoder.tokenize([clean_text(query.text)]))

@@ -10,6 +10,7 @@
 | `vlmo/base`, `vlmo/base_plus`, `vlmo/large` | released VLMo weights; `:coco` and others, or `:<file>` |
 | `sentence-transformers/<owner>/<name>`, `sentence-transformers/local-dir:<folder>` | that library's layout |
 | `tfidf` | word counts of the catalogue itself, fitted when it is extracted |
+| `precomputed/<format>:<path>` | vectors of another tool: npy, parquet, ducho, clip-retrieval, amazon |
 | `random`, `random:<dim>`, `random:<dim>:<seed>` | a Gaussian row seeded by each content |
 | `constant`, `constant:<dim>` | ones |
 | a preset's name, such as `paper/clip` | what `presets.yaml` says |
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from features.encoders import clip, controls, sentence, tfidf, tiny, vlmo
+from features.encoders import clip, controls, precomputed, sentence, tfidf, tiny, vlmo
 from features.encoders.base import Encoder, EncoderInfo, digest_json
 from features.encoders.options import join_options, split_options
 from features.encoders.presets import presets
@@ -56,6 +57,11 @@ FAMILIES: dict[str, Family] = {
 
 OF_A_CATALOGUE: dict[str, Family] = {
     "tfidf": Family("tfidf+dim=256", tfidf.describe_tfidf, tfidf.load_tfidf),
+    "precomputed": Family(
+        "precomputed/npy:features.npy+ids=ids.txt",
+        precomputed.describe_precomputed,
+        precomputed.load_precomputed,
+    ),
 }
 """Families that only the extraction of a catalogue can make; their `load` says so."""
 

@@ -64,6 +64,8 @@ _OLD_POOLING = {
 """How the library called its poolings before version 5.4, and what it calls them now."""
 _HUB_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors")
 _SPECIAL_PREFIX = "local-dir:"
+_NO_NAMES = ("model", "final", "best", "checkpoint")
+"""Folders that say nothing of what is in them; the one above may."""
 
 
 class SentenceOptions(BaseModel, frozen=True, extra="forbid"):
@@ -186,7 +188,8 @@ def _folder(spec: str, rest: str) -> tuple[Path, str]:
         folder = Path(rest.removeprefix(_SPECIAL_PREFIX)).expanduser().absolute()
         if not folder.is_dir():
             raise EncoderError(f"encoder {spec!r}: there is no folder {str(folder)!r}; check the path.")
-        return folder, folder.name
+        named = folder.name if folder.name not in _NO_NAMES else f"{folder.parent.name}-{folder.name}"
+        return folder, named
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", rest):
         raise EncoderError(
             f"encoder {spec!r}: {rest!r} is no name on the hub; type {FAMILY}<owner>/<name>, "

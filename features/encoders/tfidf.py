@@ -96,7 +96,7 @@ class TfidfEncoder(Encoder):
         ngrams = _options(spec).ngrams
         row_of = {word: row for row, word in enumerate(fit.words)}
         super().__init__(info, blank_picture, TfidfTokenizer(row_of, ngrams), pad_id=-1)
-        self.fit = fit
+        self.fitted = fit
         self.register_buffer("idf", torch.from_numpy(fit.idf))
         self.register_buffer("components", torch.from_numpy(fit.components))
         self.idf: Tensor
@@ -169,8 +169,8 @@ def fit_tfidf(texts: Sequence[str], spec: str) -> TfidfEncoder:
     except ValueError as error:
         raise EncoderError(
             f"encoder {spec!r}: {len(texts):,} texts hold no word that it could count ({error}); a word has "
-            f"two letters or more and is in {options.min_df} texts or more; take a smaller min_df, or other text "
-            "fields."
+            f"two letters or more and is in {options.min_df} texts or more; take a smaller min_df, or "
+            "other text fields."
         ) from error
     most = min(counted.shape)
     if options.dim > most:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -13,11 +14,22 @@ import torch
 from pydantic import BaseModel, Field
 
 from features.catalogue import Catalogue, Modality, TextConfig
-from features.encoders.base import EncoderInfo
-from features.encoders.registry import ShuffledSpec, describe_encoder, load_encoder, parse_shuffled
+from features.encoders.base import Encoder, EncoderInfo, digest_json
+from features.encoders.precomputed import open_precomputed
+from features.encoders.registry import (
+    ShuffledSpec,
+    describe_encoder,
+    load_encoder,
+    parse_shuffled,
+    plain_spec,
+)
+from features.encoders.tfidf import FAMILY as TFIDF
+from features.encoders.tfidf import TfidfEncoder, TfidfFit, fit_tfidf
+from features.encoders.unit_length import UnitLengthEncoder
 from features.extraction import ExtractionConfig, extract, recipe_digest
 from features.feature_table import FeatureSet, StatusType, read_rows, shuffle_rows, write_features
 from features.known import KnownVectors
+from features.precomputed import join_vectors
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.errors import ConfigError
 from pipeline.progress import SILENT, Reporter
@@ -83,11 +95,13 @@ def extract_features(
             f"{config.encoder} encodes {' and '.join(info.modalities)}, not {config.modality}; "
             "choose another modality or another encoder (`tandem encoders`)."
         )
+    if info.family == "precomputed":
+        return _join_precomputed(store, source, catalogue, config, info, force=force)
     identity = _identity(catalogue, config, info)
-    recipe = recipe_digest(info, config.modality, config.extraction)
 
     def make(draft: Draft) -> None:
-        encoder = load_encoder(config.encoder, device=choose_device(config.device))
+        encoder, fitted = _open_encoder(config, catalogue)
+        recipe = recipe_digest(encoder.info, config.modality, config.extraction)
         known = None if force and not retry_failed else _known_vectors(store, recipe)
         with reporter.progress(f"{config.encoder} {config.modality}") as progress:
             report = extract(
@@ -102,11 +116,11 @@ def extract_features(
                 say=lambda note: reporter.say(f"  {note}"),
             )
         facts = json.loads(json.dumps(asdict(report)))
-        draft.record(**facts, recipe=recipe, summary=_summary(facts))
+        draft.record(**facts, **fitted, recipe=recipe, summary=_summary(facts))
 
     outcome = store.produce(
         "features",
-        slug=_slug(config),
+        slug=_slug(config, info),
         identity=identity,
         inputs=[source.as_input("catalogue")],
         parameters=_parameters(config, info),
@@ -125,6 +139,101 @@ def _identity(catalogue: Catalogue, config: FeaturesConfig, info: EncoderInfo) -
         "modality": config.modality,
         "extraction": config.extraction.identity(),
     }
+
+
+def restore_encoder(store: Store, features: Artefact) -> Encoder:
+    """Return the encoder that made features, on the CPU; one that was fitted is fitted again.
+
+    Raises:
+        ConfigError: It was fitted on a dataset that is no longer in the store.
+        EncoderError: It cannot be had, or the features were not encoded here.
+    """
+    shown = features.manifest.parameters
+    config = FeaturesConfig.model_validate(
+        {name: shown[name] for name in ("encoder", "modality", "text", "extraction")} | {"device": "cpu"}
+    )
+    if not _is_fitted(config.encoder):
+        return load_encoder(config.encoder)
+    reference = next(source for source in features.manifest.inputs if source.kind == "dataset")
+    dataset = store.find("dataset", reference.key)
+    if dataset is None:
+        raise ConfigError(
+            f"{features.ref} was made by {config.encoder}, fitted on a dataset that is no longer in the "
+            "store; prepare the dataset again, or ask by --item."
+        )
+    return _open_encoder(config, read_catalogue(dataset))[0].eval()
+
+
+def _open_encoder(config: FeaturesConfig, catalogue: Catalogue) -> tuple[Encoder, dict[str, JsonValue]]:
+    """The encoder on its device, fitted first where it needs that, and what fitting it gave."""
+    if not _is_fitted(config.encoder):
+        return load_encoder(config.encoder, device=choose_device(config.device)), {}
+    plain, unit_length = plain_spec(config.encoder)
+    texts = [text for text in catalogue.texts(config.text) if text]
+    fitted = fit_tfidf(texts, plain)
+    facts: dict[str, JsonValue] = {"fitted": _fit_facts(fitted, catalogue, config)}
+    if unit_length:
+        return UnitLengthEncoder(config.encoder, fitted), facts
+    fitted.info = fitted.info.model_copy(update={"spec": config.encoder})
+    return fitted, facts
+
+
+def _is_fitted(spec: str) -> bool:
+    """Whether an encoder is fitted on the catalogue that it encodes."""
+    return plain_spec(spec)[0].partition("+")[0] == TFIDF
+
+
+def _fit_facts(fitted: TfidfEncoder, catalogue: Catalogue, config: FeaturesConfig) -> dict[str, JsonValue]:
+    fit: TfidfFit = fitted.fitted
+    return {
+        "texts": fit.n_texts,
+        "vocabulary": len(fit.words),
+        "explained_variance": fit.explained_variance,
+        "weights_sha256": fitted.info.weights_sha256,
+        "catalogue": catalogue.fingerprint(config.modality, config.text),
+    }
+
+
+def _join_precomputed(
+    store: Store,
+    source: Artefact,
+    catalogue: Catalogue,
+    config: FeaturesConfig,
+    info: EncoderInfo,
+    *,
+    force: bool,
+) -> StageResult:
+    """Join vectors that another tool made to the catalogue's items, by id."""
+    plain, unit_length = plain_spec(config.encoder)
+
+    def make(draft: Draft) -> None:
+        files = open_precomputed(plain)
+        counts = join_vectors(
+            files,
+            config.modality,
+            catalogue.item_ids,
+            draft.folder,
+            draft.scratch,
+            unit_length=unit_length,
+        )
+        facts: dict[str, JsonValue] = json.loads(json.dumps(asdict(counts)))
+        draft.record(**facts, rows=len(catalogue), dim=info.dims[config.modality])
+        draft.record(summary={**_summary(facts), "unused": counts.unused})
+
+    outcome = store.produce(
+        "features",
+        slug=_slug(config, info),
+        identity={
+            "precomputed": {"files": info.weights_sha256, "reading": info.preprocessing_sha256},
+            "items": digest_json({"item_ids": list(catalogue.item_ids)}),
+            "modality": config.modality,
+        },
+        inputs=[source.as_input("catalogue")],
+        parameters=_parameters(config, info),
+        make=make,
+        force=force,
+    )
+    return StageResult.of(outcome)
 
 
 def _known_vectors(store: Store, recipe: str) -> KnownVectors | None:
@@ -161,7 +270,7 @@ def _keep_given(
 
     outcome = store.produce(
         "features",
-        slug=_slug(config),
+        slug=f"{GIVEN}-{config.modality}",
         identity={
             "given": source.manifest.files[name].sha256,
             "items": catalogue.fingerprint(config.modality),
@@ -197,7 +306,7 @@ def _shuffle(
 
     outcome = store.produce(
         "features",
-        slug=_slug(config),
+        slug=_slug(config, info),
         identity={"shuffled": plain.key, "seed": shuffled.seed},
         inputs=[plain.as_input("rows")],
         parameters=_parameters(config, info),
@@ -208,11 +317,30 @@ def _shuffle(
 
 
 def _parameters(config: FeaturesConfig, info: EncoderInfo) -> dict[str, JsonValue]:
-    return {**config.model_dump(mode="json", exclude={"device"}), "info": info.model_dump(mode="json")}
+    return {
+        **config.model_dump(mode="json", exclude={"device"}),
+        "label": encoder_label(config.encoder, info),
+        "info": info.model_dump(mode="json"),
+    }
 
 
-def _slug(config: FeaturesConfig) -> str:
-    return f"{config.encoder.removeprefix('open_clip/')}-{config.modality}"
+def encoder_label(spec: str, info: EncoderInfo) -> str:
+    """What an encoder is called in slugs and tables: a control as it was typed, others by their short name.
+
+    No path gets in, a word, and no word that a control begins with.
+    """
+    shuffled = parse_shuffled(spec)
+    if shuffled is not None:
+        seed = f"@{shuffled.seed}" if shuffled.seed else ""
+        return f"shuffled:{encoder_label(shuffled.inner, describe_encoder(shuffled.inner))}{seed}"
+    if spec.startswith(CONTROLS):
+        return spec
+    name = re.sub(r"[\s,]+", "-", info.name)
+    return f"{info.family}-{name}" if name.startswith(("random", "constant", "shuffled")) else name
+
+
+def _slug(config: FeaturesConfig, info: EncoderInfo) -> str:
+    return f"{encoder_label(config.encoder, info)}-{config.modality}"
 
 
 def _status_counts(counts: list[tuple[str, int]]) -> dict[str, JsonValue]:

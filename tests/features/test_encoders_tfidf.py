@@ -36,8 +36,8 @@ def test_vectors_are_those_of_scikit_learn(options: str, min_df: int, ngrams: in
     new = ["RED bag; red bag!", "unknown words alone", "", "lamp"]
     np.testing.assert_allclose(encode(encoder, new), reference.transform(new), atol=1e-5)
     svd = reference.named_steps["truncatedsvd"]
-    assert encoder.fit.explained_variance == pytest.approx(svd.explained_variance_ratio_.sum())
-    assert (encoder.fit.n_texts, len(encoder.fit.words)) == (len(TEXTS), svd.components_.shape[1])
+    assert encoder.fitted.explained_variance == pytest.approx(svd.explained_variance_ratio_.sum())
+    assert (encoder.fitted.n_texts, len(encoder.fitted.words)) == (len(TEXTS), svd.components_.shape[1])
 
 
 def test_fitting_twice_is_the_same_and_other_texts_are_not() -> None:
