@@ -204,11 +204,12 @@ def show_comparison(out: Output, comparison: Artefact, document: dict[str, Any])
 @app.command(rich_help_panel=STAGES)
 def encoders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """List the forms of an encoder's specification, and the encoders whose features the store holds."""
-    from features.encoders.registry import FAMILIES
+    from features.encoders.registry import FAMILIES, OF_A_CATALOGUE
 
     out = Output(as_json=json)
     cached = Counter(str(a.manifest.parameters["encoder"]) for a in open_store(store, out).list("features"))
-    examples = [family.example for family in FAMILIES.values()] + ["shuffled:tiny", "given"]
+    families = [*FAMILIES.values(), *OF_A_CATALOGUE.values()]
+    examples = [family.example for family in families] + ["shuffled:tiny", "given"]
     documents = [{"spec": spec, "cached": cached.pop(spec, 0)} for spec in examples]
     documents += [{"spec": spec, "cached": count} for spec, count in sorted(cached.items())]
     rows = [(document["spec"], document["cached"] or "") for document in documents]

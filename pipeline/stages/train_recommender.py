@@ -98,7 +98,7 @@ def train_recommender(
     data = store.get(dataset, "dataset")
     tables = _by_name([store.get(ref, "features") for ref in features], config.model)
     device = choose_device(config.device)
-    label = feature_label({modality: str(a.manifest.parameters["encoder"]) for modality, a in tables.items()})
+    label = feature_label({modality: shown_encoder(a) for modality, a in tables.items()})
 
     def make(draft: Draft) -> None:
         with reporter.progress(f"{config.model} {label} seed {config.seed}") as progress:
@@ -121,6 +121,12 @@ def train_recommender(
         force=force,
     )
     return StageResult.of(outcome)
+
+
+def shown_encoder(features: Artefact) -> str:
+    """What the encoder behind features is called: its label, or as it was typed where there is none."""
+    shown = features.manifest.parameters
+    return str(shown.get("label", shown["encoder"]))
 
 
 def feature_label(encoders: Mapping[str, str]) -> str:
