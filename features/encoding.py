@@ -59,7 +59,9 @@ class ExtractionConfig(BaseModel, frozen=True, extra="forbid"):
         description="Rows of a file, and the most that a kill can cost; 0: 1/64 of all, from 512 to 16,384.",
     )
     workers: Literal["auto", "threads", "processes"] = Field(
-        "auto", description="What loads pictures and texts; auto: processes for many pictures on a GPU."
+        "auto",
+        description="What loads pictures and texts; auto: threads, in turns with the model on a CPU, and "
+        "processes for many pictures on a GPU.",
     )
     n_workers: NonNegativeInt = Field(0, description="How many of them; 0 chooses by cores and device.")
     limits: ImageLimits = Field(ImageLimits(), description="Larger pictures count as unreadable.")
@@ -164,7 +166,9 @@ class EncodingRun:
             return
         started = time.perf_counter()
         with (
-            prefetched(loader, self._requests(parts), self.workers) as loaded,
+            prefetched(
+                loader, self._requests(parts), self.workers, lambda request: request.ends_batch
+            ) as loaded,
             evaluating(self.encoder),
             torch.inference_mode(),
         ):

@@ -73,11 +73,19 @@ class Loader:
 
     def __call__(self, sources: Sequence[Source]) -> Loaded:
         """Load what can be loaded; a picture that cannot be read costs its own row only."""
+        return self.prepare(sources, self.read(sources))
+
+    def read(self, sources: Sequence[Source]) -> list[bytes | UnreadableImage]:
+        """The files of the sources' pictures, or why there is none; nothing where no pictures are wanted."""
+        return [] if self.transform is None else [self._picture(source) for source in sources]
+
+    def prepare(self, sources: Sequence[Source], files: Sequence[bytes | UnreadableImage]) -> Loaded:
+        """Decode and transform what `read` gave, and tokenize."""
         pixels, readable, failures = [], [], {}
-        for position, source in enumerate(sources):
+        for position in range(len(sources)):
             try:
                 if self.transform is not None:
-                    pixels.append(self.transform(self._open(source)))
+                    pixels.append(self.transform(self._open(files[position])))
                 readable.append(position)
             except UnreadableImage as error:
                 failures[position] = error.reason
@@ -85,10 +93,12 @@ class Loader:
         token_ids = self.tokenizer(texts) if self.tokenizer is not None and texts else []
         return Loaded(readable, torch.stack(pixels) if pixels else None, token_ids, failures)
 
-    def _open(self, source: Source) -> Image.Image:
-        return open_image(self._picture(source), self.limits, draft_px=self.draft_px)
+    def _open(self, file: bytes | UnreadableImage) -> Image.Image:
+        if isinstance(file, UnreadableImage):
+            raise file
+        return open_image(file, self.limits, draft_px=self.draft_px)
 
-    def _picture(self, source: Source) -> bytes:
+    def _picture(self, source: Source) -> bytes | UnreadableImage:
         """The bytes that were there at import, from whichever file still has them."""
         reason = ""
         for path in source.paths:
@@ -100,14 +110,15 @@ class Loader:
             if hashlib.sha256(data).hexdigest() == source.image_sha256:
                 return data
             reason = reason or CHANGED
-        raise UnreadableImage(reason)
+        return UnreadableImage(reason)
 
 
 @dataclass(frozen=True)
 class Workers:
     """How many loader workers of which kind."""
 
-    kind: Literal["threads", "processes"]
+    kind: Literal["threads", "processes", "turns"]
+    """turns: threads that decode while the model waits, and only read files while it runs."""
     count: int
 
 
@@ -117,8 +128,8 @@ def choose_workers(
     """Threads, except for many pictures on a GPU: there Python's lock holds threads back.
 
     Pillow decodes and resizes without the lock, so that threads cost nothing to start and share the tensors.
-    Beside a ViT-B/32 on two cores one thread or two make no difference (a picture takes it 1 ms, the model
-    100), and processes spend a quarter of 200 pictures' time on their start.
+    Beside a model on the same cores they take turns with it: its threads wait for the slowest of them at each
+    layer, so that a core lent to a decoder for a moment stands idle in all others.
 
     Args:
         kind: What the settings ask for.
@@ -128,6 +139,8 @@ def choose_workers(
     """
     n_cores = _usable_cores()
     if kind == "auto":
+        if device.type == "cpu" and n_pictures:
+            return Workers("turns", count or n_cores)
         fast_enough = device.type == "cpu" or n_pictures < _WORTH_PROCESSES
         kind = "threads" if fast_enough or n_cores < 4 or not _has_shared_memory() else "processes"
     if count == 0 and n_pictures == 0:
@@ -153,22 +166,36 @@ Request = TypeVar("Request")
 
 @contextmanager
 def prefetched(
-    load: Loader, requests: Iterable[tuple[Request, Sequence[Source]]], workers: Workers
+    load: Loader,
+    requests: Iterable[tuple[Request, Sequence[Source]]],
+    workers: Workers,
+    ends_turn: Callable[[Request], bool] = lambda _: True,
 ) -> Iterator[Iterator[tuple[Request, Loaded]]]:
     """Load requests ahead of the one that is asked for, in their order.
 
     Args:
         load: Runs in the workers.
-        requests: Taken one by one, two ahead of each worker, which bounds the memory.
+        requests: Taken one by one, a few ahead of each worker, which bounds the memory.
         workers: Started on entry, stopped on exit; what is not needed any more is not loaded.
+        ends_turn: Whether the model runs after a request; where workers take turns, requests up to there are
+            decoded at once.
 
     Raises:
         FeatureError: A worker process died.
     """
     pool = _pool(load, workers)
-    run: Callable[[Sequence[Source]], Loaded] = load if workers.kind == "threads" else _load_in_process
     try:
-        yield _in_order(pool, run, iter(requests), ahead=2 * workers.count + 1)
+        if workers.kind == "turns":
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="reader") as readers:
+                try:
+                    yield _in_turns(readers, pool, load, iter(requests), ends_turn)
+                finally:
+                    readers.shutdown(cancel_futures=True)
+        else:
+            run: Callable[[Sequence[Source]], Loaded] = (
+                load if workers.kind == "threads" else _load_in_process
+            )
+            yield _in_order(pool, run, iter(requests), ahead=2 * workers.count + 1)
     except BrokenProcessPool as error:
         raise FeatureError(
             f"one of {workers.count} loader processes died, most likely for want of memory; expected them to "
@@ -177,6 +204,38 @@ def prefetched(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+_READERS = 2
+_READ_AHEAD = 6
+"""Requests whose files are read ahead, at a picture's size each."""
+
+
+def _in_turns(
+    readers: Executor,
+    decoders: Executor,
+    load: Loader,
+    requests: Iterator[tuple[Request, Sequence[Source]]],
+    ends_turn: Callable[[Request], bool],
+) -> Iterator[tuple[Request, Loaded]]:
+    """Read files ahead; decode all requests of a turn when the first of them is asked for."""
+    reading: deque[tuple[Request, Sequence[Source], Future[list[bytes | UnreadableImage]]]] = deque()
+
+    def read_ahead() -> None:
+        for request, sources in itertools.islice(requests, _READ_AHEAD - len(reading)):
+            reading.append((request, sources, readers.submit(load.read, sources)))
+
+    read_ahead()
+    while reading:
+        turn: list[tuple[Request, Future[Loaded]]] = []
+        while reading:
+            request, sources, files = reading.popleft()
+            turn.append((request, decoders.submit(load.prepare, sources, files.result())))
+            read_ahead()
+            if ends_turn(request):
+                break
+        for request, loaded in turn:
+            yield request, loaded.result()
 
 
 def _in_order(
@@ -197,7 +256,7 @@ def _in_order(
 
 
 def _pool(load: Loader, workers: Workers) -> Executor:
-    if workers.kind == "threads":
+    if workers.kind != "processes":
         return ThreadPoolExecutor(workers.count, thread_name_prefix="loader")
     # Not forked from here: a fork would copy the locks of the model's threads in whatever state they are.
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")

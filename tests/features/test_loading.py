@@ -37,6 +37,44 @@ def test_processes_and_threads_give_the_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "processes" / path.name).read_bytes()
 
 
+def test_taking_turns_changes_no_byte(tmp_path: Path) -> None:
+    catalogue = small_catalogue(tmp_path / "pictures", 50)
+    (tmp_path / "pictures" / "5.png").unlink()
+    for kind, expected in (("threads", "1 threads"), ("auto", "3 turns")):
+        config = ExtractionConfig(batch_size=20, rows_per_part=30, workers=kind, n_workers=int(expected[0]))
+        report = extract(SmallEncoder(), catalogue, "fused", tmp_path / kind, config)
+        assert report.workers == expected
+        assert (report.n_unreadable, report.encoded) == (1, 49)
+    for path in (tmp_path / "threads").iterdir():
+        assert path.read_bytes() == (tmp_path / "auto" / path.name).read_bytes()
+
+
+def test_a_turn_is_decoded_when_it_is_asked_for_and_files_are_read_ahead() -> None:
+    events: list[str] = []
+
+    class Noting:
+        def read(self, sources: Sequence[Source]) -> list[bytes]:
+            events.append(f"read {sources[0].text}")
+            return []
+
+        def prepare(self, sources: Sequence[Source], files: Sequence[bytes]) -> str:
+            events.append(f"decode {sources[0].text}")
+            return sources[0].text
+
+    requests = [(number, [Source(text=str(number))]) for number in range(9)]
+    workers = Workers("turns", 2)
+    with prefetched(Noting(), requests, workers, lambda number: number % 3 == 2) as loaded:
+        assert next(loaded) == (0, "0")
+        assert [next(loaded) for _ in range(2)] == [(1, "1"), (2, "2")]
+        decoded = {event for event in events if event.startswith("decode")}
+        assert decoded == {"decode 0", "decode 1", "decode 2"}
+        deadline = time.monotonic() + 5
+        while "read 8" not in events and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert {"read 3", "read 4", "read 5", "read 8"} <= set(events)
+        assert list(loaded) == [(number, str(number)) for number in range(3, 9)]
+
+
 def die(image: Image.Image) -> Tensor:
     os._exit(9)
 
@@ -103,8 +141,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize(
     ("n_cores", "device", "n_pictures", "free_bytes", "expected"),
     [
-        (2, CPU, 10**6, 2**34, Workers("threads", 1)),
-        (8, CPU, 10**6, 2**34, Workers("threads", 4)),
+        (2, CPU, 10**6, 2**34, Workers("turns", 2)),
+        (2, CPU, 0, 2**34, Workers("threads", 1)),
+        (8, CPU, 10**6, 2**34, Workers("turns", 8)),
         (16, GPU, 100, 2**34, Workers("threads", 12)),
         (16, GPU, 10**6, 2**34, Workers("processes", 12)),
         (16, GPU, 10**6, 2**26, Workers("threads", 12)),
