@@ -20,6 +20,9 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 _STRIP_ASPECT = 20
 """A picture more than this many times as long as wide is cropped before it is resized."""
 
+_MOST_RESIZED_PX = 2**25
+"""A strip may grow to this many pixels before its ends are cut off; of a longer one the middle is kept."""
+
 
 class PixelConfig(BaseModel, frozen=True, extra="forbid"):
     """How a picture becomes an encoder's input; the names and meanings are open_clip's."""
@@ -54,6 +57,27 @@ class PixelTransform:
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous().float().div_(255)
         mean, std = torch.tensor(config.mean), torch.tensor(config.std)
         return pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
+
+
+def keep_middle(image: Image.Image, most_aspect: int) -> Image.Image:
+    """The middle of a strip; other pictures as they are.
+
+    Args:
+        image: Any picture.
+        most_aspect: A picture more than this many times as long as wide loses its ends; 0 for no limit.
+    """
+    short, long = min(image.size), max(image.size)
+    kept = short * most_aspect
+    if not most_aspect or long <= kept:
+        return image
+    start = (long - kept) // 2
+    box = (start, 0, start + kept, short) if image.width == long else (0, start, short, start + kept)
+    return image.crop(box)
+
+
+def aspect_that_fits(enlarged_px: int) -> int:
+    """How long a strip may be, in times its width, if its shorter side is scaled up to ``enlarged_px``."""
+    return max(1, _MOST_RESIZED_PX // enlarged_px**2)
 
 
 def _squash(image: Image.Image, config: PixelConfig) -> Image.Image:

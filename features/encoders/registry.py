@@ -10,6 +10,8 @@
 | `vlmo/base`, `vlmo/base_plus`, `vlmo/large` | released VLMo weights; `:coco` and others, or `:<file>` |
 | `sentence-transformers/<owner>/<name>`, `sentence-transformers/local-dir:<folder>` | that library's layout |
 | `tfidf` | word counts of the catalogue itself, fitted when it is extracted |
+| `transformers/<owner>/<name>`, `transformers/local-dir:<folder>` | a model in `save_pretrained`'s layout |
+| `timm/<name>.<tag>`, `timm/local-dir:<folder>`, `timm/<name>:<file>` | a vision model of timm |
 | `precomputed/<format>:<path>` | vectors of another tool: npy, parquet, ducho, clip-retrieval, amazon |
 | `random`, `random:<dim>`, `random:<dim>:<seed>` | a Gaussian row seeded by each content |
 | `constant`, `constant:<dim>` | ones |
@@ -26,7 +28,17 @@ from dataclasses import dataclass
 
 import torch
 
-from features.encoders import clip, controls, precomputed, sentence, tfidf, tiny, vlmo
+from features.encoders import (
+    clip,
+    controls,
+    precomputed,
+    sentence,
+    tfidf,
+    timm_models,
+    tiny,
+    transformers_models,
+    vlmo,
+)
 from features.encoders.base import Encoder, EncoderInfo, digest_json
 from features.encoders.options import join_options, split_options
 from features.encoders.presets import presets
@@ -50,6 +62,12 @@ FAMILIES: dict[str, Family] = {
     "sentence-transformers": Family(
         "sentence-transformers/all-MiniLM-L6-v2", sentence.describe_sentence, sentence.load_sentence
     ),
+    "transformers": Family(
+        "transformers/google/siglip2-base-patch16-224",
+        transformers_models.describe_transformers,
+        transformers_models.load_transformers,
+    ),
+    "timm": Family("timm/resnet50", timm_models.describe_timm, timm_models.load_timm),
     "random": Family("random:64:0", controls.describe_control, controls.load_control),
     "constant": Family("constant:64", controls.describe_control, controls.load_control),
 }

@@ -18,6 +18,8 @@ from features.encoders.registry import FAMILIES, describe_encoder, inner_spec, l
 from features.encoders.vlmo.config import VlmoConfig
 from features.errors import EncoderError
 from tests.features.small_sentence import save_sentence
+from tests.features.small_timm import save_timm
+from tests.features.small_transformers import clip
 from tests.features.small_vlmo import WORDS, checkpoint, write_vocabulary
 
 SMALL = {
@@ -58,6 +60,8 @@ SPECS: dict[str, Callable[[Path], str]] = {
     "sentence-transformers": lambda folder: (
         f"sentence-transformers/local-dir:{save_sentence(folder, 'lasttoken')}"
     ),
+    "transformers": lambda folder: f"transformers/local-dir:{clip(folder)}",
+    "timm": lambda folder: f"timm/local-dir:{save_timm(folder)}",
     "random": lambda _: "random:24:1",
     "constant": lambda _: "constant:3",
 }
