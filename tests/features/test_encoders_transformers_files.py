@@ -90,7 +90,7 @@ def test_a_gated_repository_says_where_consent_is_given(cache: Path, monkeypatch
 
     monkeypatch.setattr(hub, "_hub_answers", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(EncoderError, match=r"owner asks for consent first; .* hf auth login"):
+    with pytest.raises(EncoderError, match=r"owner asks for consent first; .*hf auth login"):
         describe_encoder("transformers/facebook/dinov3-vitb16-pretrain-lvd1689m")
 
 
