@@ -292,19 +292,25 @@ def join_vectors(
 def _put(
     block: Block, known: Sequence[int], row_of: Mapping[str, int], vectors: Numbers, codes: NDArray[np.int8]
 ) -> None:
-    for at in known:
-        item_id, vector = block.ids[at], block.vectors[at]
-        row = row_of[item_id]
-        code = 1
-        if not np.isfinite(vector).all():
-            code = 2 if np.isnan(vector).any() else 3
-        if codes[row] and not (codes[row] == code and (code > 1 or np.array_equal(vectors[row], vector))):
+    """Put a block's rows of known items in their place.
+
+    Raises:
+        FeatureError: An item has two different vectors.
+    """
+    found = block.vectors[known]
+    nan = np.isnan(found).any(axis=1) if found.dtype.kind == "f" else np.zeros(len(found), bool)
+    code_of = np.where(nan, 2, np.where(np.isfinite(found).all(axis=1), 1, 3)).astype(np.int8)
+    for at, vector, code in zip(known, found, code_of, strict=True):
+        row = row_of[block.ids[at]]
+        stored = vector.astype(vectors.dtype)
+        same = codes[row] == code and (code != 1 or np.array_equal(vectors[row], stored))
+        if codes[row] and not same:
             raise FeatureError(
-                f"item {item_id!r} has two rows with different vectors; expected one an item; drop one."
+                f"item {block.ids[at]!r} has two rows with different vectors; expected one an item; drop one."
             )
         codes[row] = code
         if code == 1:
-            vectors[row] = vector
+            vectors[row] = stored
 
 
 _STATUS_OF: tuple[Status, ...] = ("missing", "ok", "unreadable", "unreadable")

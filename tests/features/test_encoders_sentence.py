@@ -247,3 +247,35 @@ def test_without_network_the_error_says_what_to_type(monkeypatch: pytest.MonkeyP
             EncoderError, match=r"repository sentence-transformers/no-such-model-here; .*local-dir:<folder>"
         ):
             describe_encoder(f"sentence-transformers/{name}")
+
+
+def test_hub_names_without_an_owner_are_the_library_s_own(
+    mean_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetch_folder(repository: str, patterns: object, *, needed: object, instead: str) -> Path:
+        asked.append(repository)
+        return mean_folder
+
+    def fetch(repository: str, filenames: list[str], *, instead: str) -> Path:
+        asked.append(f"{repository}: {' or '.join(filenames)}")
+        save_file(weights, mean_folder / "model.safetensors", metadata={"format": "pt"})
+        return mean_folder / "model.safetensors"
+
+    monkeypatch.setattr("features.encoders.sentence_files.fetch_folder_from_hub", fetch_folder)
+    monkeypatch.setattr("features.encoders.sentence_files.fetch_from_hub", fetch)
+    assert describe_encoder("sentence-transformers/all-MiniLM-L6-v2").name == "all-MiniLM-L6-v2"
+    assert describe_encoder("sentence-transformers/BAAI/bge-base-en-v1.5+prompt=query").name == (
+        "bge-base-en-v1.5-query"
+    )
+    assert describe_encoder("baseline/minilm").name == "all-MiniLM-L6-v2"
+    weights = load_file(mean_folder / "model.safetensors")
+    (mean_folder / "model.safetensors").unlink()
+    load_encoder("sentence-transformers/owner/name")
+    assert asked[:3] == [
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "BAAI/bge-base-en-v1.5",
+        "sentence-transformers/all-MiniLM-L6-v2",
+    ]
+    assert "owner/name: model.safetensors or pytorch_model.bin" in asked

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from features.encoders.tfidf import fit_tfidf
+from features.encoders.tfidf import TfidfEncoder, fit_tfidf
 from features.errors import EncoderError, FeatureError
 from features.feature_table import FeatureSet, read_rows
 from features.indexing import IndexConfig
@@ -85,6 +85,32 @@ def test_tfidf_of_another_catalogue_shares_no_rows(store: Store, dataset: Artefa
     assert first.key != second.key
     assert second.manifest.facts["reused"] == 0
     assert first.manifest.facts["recipe"] != second.manifest.facts["recipe"]
+
+
+def test_a_killed_extraction_with_tfidf_goes_on_where_it_was(
+    store: Store, dataset: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FeaturesConfig.model_validate(
+        {"encoder": "tfidf+dim=7", "modality": "text", "device": "cpu", "extraction": {"rows_per_part": 8}}
+    )
+    encode = TfidfEncoder.encode_texts
+    calls: list[int] = []
+
+    def killed(self: TfidfEncoder, tokens: torch.Tensor) -> torch.Tensor:
+        calls.append(len(tokens))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(self, tokens)
+
+    monkeypatch.setattr(TfidfEncoder, "encode_texts", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(store, dataset.key, config)
+    resumed = extract_features(store, dataset.key, config).artefact
+    assert resumed.manifest.facts["kept_rows"] == 8  # the second part was encoded, and not yet written
+    whole = extract_features(store, dataset.key, config, force=True).artefact
+    assert whole.manifest.facts["kept_rows"] == 0
+    np.testing.assert_array_equal(vectors(resumed), vectors(whole))
+    assert extract_features(store, dataset.key, config, retry_failed=True).artefact.key == whole.key
 
 
 def test_a_text_finds_its_item_by_refitting(store: Store, dataset: Artefact) -> None:
