@@ -102,9 +102,14 @@ class ProcessorTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An RGB picture of any size -> (3, H, W) float32."""
-        pixels: Tensor = _image_processor(self.folder)(images=[image.convert("RGB")], return_tensors="pt")[
-            "pixel_values"
-        ]
+        made = _image_processor(self.folder)(images=[image.convert("RGB")], return_tensors="pt")
+        pixels: Tensor = made["pixel_values"]
+        if set(made) != {"pixel_values"} or pixels.ndim != 4:
+            raise EncoderError(
+                f"the image processor of {self.folder!r} gives {', '.join(sorted(made))}, not one square of "
+                "pixels a picture, which is not supported; encode with the library itself and read the "
+                "vectors as precomputed/npy:<file>."
+            )
         return pixels[0]
 
 

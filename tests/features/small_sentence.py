@@ -128,20 +128,25 @@ def save_clip(folder: Path) -> Path:
 
 def save_sentence(folder: Path, kind: str) -> Path:
     """A model by name, saved by the library."""
-    if kind == "clip":
-        return save_clip(folder)
+    if kind.startswith("clip"):
+        save_clip(folder)
+        if kind == "clip":
+            return folder
+        steps = [Transformer(str(folder / "0_CLIPModel"))]  # today's layout
+        SentenceTransformer(modules=steps, prompts=_PROMPTS, device="cpu").save(str(folder / "model"))
+        return folder / "model"
     causal = kind == "lasttoken"
     base = (save_qwen if causal else save_bert)(folder / "base")
     tower = Transformer(str(base), max_seq_length=None if kind == "unlimited" else MAX_TOKENS)
-    steps: list[nn.Module] = [
+    layers: list[nn.Module] = [
         tower,
         Pooling(24, _POOLINGS.get(kind, "mean"), include_prompt=kind != "instructor"),
     ]
     if kind == "dense":
-        steps.append(Dense(24, 10, activation_function=nn.GELU()))
+        layers.append(Dense(24, 10, activation_function=nn.GELU()))
     if kind in ("mean", "dense", "lasttoken"):
-        steps.append(Normalize())
-    SentenceTransformer(modules=steps, prompts=_PROMPTS, device="cpu").save(str(folder / "model"))
+        layers.append(Normalize())
+    SentenceTransformer(modules=layers, prompts=_PROMPTS, device="cpu").save(str(folder / "model"))
     return folder / "model"
 
 

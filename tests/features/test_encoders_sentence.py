@@ -27,7 +27,7 @@ from tests.features.small_sentence import (
     save_sentence,
 )
 
-KINDS = ["mean", "cls", "both", "dense", "lasttoken", "instructor", "unlimited", "clip"]
+KINDS = ["mean", "cls", "both", "dense", "lasttoken", "instructor", "unlimited", "clip", "clip of today"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -121,8 +121,9 @@ def test_long_texts_are_cut_where_the_library_cuts_them(mean_folder: Path) -> No
     assert encoder.token_lengths(["leather " * 60]) == [MAX_TOKENS]
 
 
-def test_pictures_get_the_vectors_of_the_library(tmp_path: Path) -> None:
-    folder = save_sentence(tmp_path, "clip")
+@pytest.mark.parametrize("kind", ["clip", "clip of today"])
+def test_pictures_get_the_vectors_of_the_library(tmp_path: Path, kind: str) -> None:
+    folder = save_sentence(tmp_path, kind)
     encoder = load_encoder(spec_of(folder))
     assert encoder.info.modalities == ("image", "text")
     assert encoder.info.image_size_px == 32
@@ -176,6 +177,9 @@ def test_weights_of_older_folders_are_read_without_running_them(mean_folder: Pat
     (mean_folder / "model.safetensors").unlink()
     torch.save(weights, mean_folder / "pytorch_model.bin")
     np.testing.assert_array_equal(vectors(load_encoder(spec_of(mean_folder)), TEXTS), expected)
+    torch.save({"weight": Path("/")}, mean_folder / "pytorch_model.bin")  # unpickling it would run code
+    with pytest.raises(EncoderError, match="cannot be read"):
+        load_encoder(spec_of(mean_folder))
 
 
 def test_digests_follow_what_changes_vectors(mean_folder: Path) -> None:
