@@ -229,7 +229,7 @@ def _full_name(facts: Mapping[str, Any]) -> str:
 def _fetch(spec: str, facts: Mapping[str, Any]) -> Path:
     repository, filename = facts.get("hf_hub_id"), facts.get("hf_hub_filename")
     name = _full_name(facts)
-    if not repository or facts.get("custom_load"):
+    if not repository or facts.get("custom_load") == "hf":  # True speaks of another address than the hub
         raise EncoderError(
             f"encoder {spec!r}: timm publishes no weights of {name} on the hub that can be read here; type "
             f"{_FAMILY}{name}:<weights file>."

@@ -115,8 +115,12 @@ def _modality(files: ModelFiles, model_class: Any) -> Literal["dual", "image", "
         return "dual"
     given = model_class.input_modalities
     modalities = {given} if isinstance(given, str) else set(given)
-    if modalities == {"image"} and model_class.main_input_name == "pixel_values":
-        return "image"
+    if (
+        model_class.main_input_name == "pixel_values"
+        and len(modalities) == 1
+        and modalities <= {"image", "text"}
+    ):
+        return "image"  # "text" is the library's default where a class states nothing
     if modalities == {"text"} and model_class.main_input_name == "input_ids":
         return "text"
     raise EncoderError(

@@ -74,6 +74,8 @@ def vision_vectors(model: Any, pixels: Tensor, pool: VisionPool, layer: int | No
         vectors: Tensor = pooled
         return vectors.flatten(1).float()
     states: Tensor = given.last_hidden_state if layer is None else _hidden_state(given.hidden_states, layer)
+    if pool == "mean" and model.config.model_type == "yolos":
+        raise ValueError("its tokens behind the patches stand for things to detect")
     if pool == "mean":
         return _mean(states, _n_prefix(model, states))
     if not _n_prefix(model, states) or states.ndim != 3:
@@ -101,10 +103,20 @@ def _n_prefix(model: Any, states: Tensor) -> int:
         return 0
     if model.config.model_type == "dinov3_convnext":
         return 1  # the pooled map, put in front of it
-    found = {name.rpartition(".")[2]: value for name, value in model.named_parameters()}
-    return sum(
-        found[name].shape[1] if name == "register_tokens" else 1 for name in _PREFIX_TENSORS if name in found
-    )
+    widths = getattr(model.config, "hidden_sizes", None)
+    if widths and states.shape[2] != widths[-1]:
+        return 0  # PVT, which puts its first token before the last stage only
+    found = _prefix_tensors(model)
+    return sum(value.shape[1] if name == "register_tokens" else 1 for name, value in found.items())
+
+
+def _prefix_tensors(model: Any) -> dict[str, Tensor]:
+    """Those of the embeddings; AIMv2's pooling head has one by the same name, which stands nowhere."""
+    return {
+        name.rpartition(".")[2]: value
+        for name, value in model.named_parameters()
+        if name.rpartition(".")[2] in _PREFIX_TENSORS and "embed" in name
+    }
 
 
 def plan_vision(
@@ -181,9 +193,8 @@ def _choose(
         return pool, {"add_pooling_layer": pool == "pooler"} if has_pooler else {}
     if layer is None and files.model_type in _POOLER_FIRST:
         return "pooler", {}
-    skeleton = on_meta(model_class, config, files.spec)
-    names = {name.rpartition(".")[2] for name, _ in skeleton.named_parameters()}
-    if names & {"cls_token", "class_embedding"} and not hasattr(config, "depths"):
+    found = _prefix_tensors(on_meta(model_class, config, files.spec))
+    if found.keys() & {"cls_token", "class_embedding"} and not hasattr(config, "depths"):
         return "cls", {"add_pooling_layer": False} if has_pooler else {}
     if layer is not None:
         return "mean", {"add_pooling_layer": False} if has_pooler else {}

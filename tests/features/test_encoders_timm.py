@@ -182,6 +182,23 @@ def test_a_file_and_the_hub_s_cache_give_the_same_encoder(
     assert from_file.info.image_size_px == 160
 
 
+def test_weights_published_elsewhere_as_well_are_fetched_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of these timm marks the original .npz as needing a loader of its own; the hub has tensors."""
+    weights = tmp_path / "model.safetensors"
+    save_file({"none": torch.zeros(1)}, weights)
+    asked: list[str] = []
+
+    def fetch(repository: str, *_: object, **__: object) -> Path:
+        asked.append(repository)
+        return weights
+
+    monkeypatch.setattr(timm_models, "fetch_from_hub", fetch)
+    describe_encoder("timm/vit_base_patch16_224.augreg_in21k")
+    assert asked == ["timm/vit_base_patch16_224.augreg_in21k"]
+
+
 @pytest.mark.parametrize(
     ("spec", "answer"),
     [

@@ -53,6 +53,24 @@ def test_a_cached_repository_needs_no_network(tmp_path: Path, cache: Path) -> No
     assert encoder.info == describe_encoder("transformers/owner/small")
 
 
+def test_a_folder_written_by_a_whole_processor_is_the_same(tmp_path: Path) -> None:
+    """Since transformers 5 it keeps the image processor's settings inside processor_config.json."""
+    folder = small.clip(tmp_path)
+    apart = describe_encoder(f"transformers/local-dir:{folder}")
+    processor = transformers.CLIPProcessor(
+        transformers.CLIPImageProcessorPil.from_pretrained(folder),
+        transformers.CLIPTokenizer.from_pretrained(folder),
+    )
+    (folder / "preprocessor_config.json").unlink()
+    processor.save_pretrained(folder)
+    assert not (folder / "preprocessor_config.json").exists()
+    whole = load_encoder(f"transformers/local-dir:{folder}")
+    image = small.pictures()["portrait"]
+    theirs = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(whole.image_transform(image), theirs)
+    assert whole.info.image_size_px == apart.image_size_px
+
+
 def test_a_revision_has_its_own_files(tmp_path: Path, cache: Path) -> None:
     keep(small.text(tmp_path / "first", "bert"), cache)
     keep(small.vision(tmp_path / "second", "vit"), cache, OTHER, "pictures")

