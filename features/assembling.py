@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 
@@ -98,20 +99,22 @@ class Plan:
         return self.rows_of_content[content][-1] >= self.rows(part).stop
 
 
-class PartWriter:
+class BackgroundWriter:
     """Writes parts in a thread of its own, two at most waiting, in the order they are handed over.
 
     An error of the disk surfaces at the next `write` or on exit.
+
+    Args:
+        write_one: Writes the part of a number, in that thread.
     """
 
-    def __init__(self, folder: Path, metadata: Mapping[str, str]) -> None:
-        self._folder = folder
-        self._metadata = metadata
+    def __init__(self, write_one: Callable[[int, PartRows], None]) -> None:
+        self._write_one = write_one
         self._queue: queue.Queue[tuple[int, PartRows] | None] = queue.Queue(maxsize=2)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="part-writer")
 
-    def __enter__(self) -> "PartWriter":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -124,7 +127,7 @@ class PartWriter:
         while (item := self._queue.get()) is not None:
             if self._error is None:
                 try:
-                    write_part(self._folder / part_name(item[0]), item[1], self._metadata)
+                    self._write_one(*item)
                 except BaseException as error:  # noqa: BLE001 - handed to the main thread
                     self._error = error
 
@@ -139,6 +142,13 @@ class PartWriter:
         self._thread.join()
         if error is None:
             self._raise_error()
+
+
+class PartWriter(BackgroundWriter):
+    """Writes the parts of a feature set into its folder."""
+
+    def __init__(self, folder: Path, metadata: Mapping[str, str]) -> None:
+        super().__init__(lambda number, rows: write_part(folder / part_name(number), rows, metadata))
 
 
 class Assembler:

@@ -2,10 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, JsonValue, NonNegativeInt
 from torch import Tensor
 
-from features.assembling import Assembler, Plan
+from features.assembling import Plan
 from features.batch_size import activation_bytes, fitting_batch_size
 from features.catalogue import Modality
 from features.encoders.base import Encoder
@@ -108,6 +108,22 @@ class _InFlight:
         return self.done is not None and not self.done.query()  # type: ignore[no-untyped-call]  # torch has no types here
 
 
+class Collector(Protocol):
+    """Takes what comes out of the loop, in whatever order."""
+
+    def add(self, part: int, contents: Sequence[int], vectors: Vectors) -> None:
+        """Take over what was encoded, (N, D)."""
+        ...
+
+    def fail(self, part: int, failures: Mapping[int, str]) -> None:
+        """Note contents that could not be read, and why."""
+        ...
+
+    def finish(self) -> None:
+        """Hand on what is whole."""
+        ...
+
+
 class EncodingRun:
     """The loop that joins loading, encoding and assembling, and what it measures.
 
@@ -160,7 +176,7 @@ class EncodingRun:
             item_bytes = activation_bytes(self.encoder, pixels, tokens)
         return fitting_batch_size(item_bytes, self.device, self.config.memory_mb)
 
-    def encode(self, parts: Sequence[int], loader: Loader, assembler: Assembler) -> None:
+    def encode(self, parts: Sequence[int], loader: Loader, assembler: Collector) -> None:
         """Encode what the parts need, batch by batch."""
         if not any(self.plan.to_encode(part) for part in parts):
             return
@@ -217,7 +233,7 @@ class EncodingRun:
                 return
             yield item
 
-    def _batches(self, loaded: Iterator[tuple[_Request, Loaded]], assembler: Assembler) -> Iterator[_Batch]:
+    def _batches(self, loaded: Iterator[tuple[_Request, Loaded]], assembler: Collector) -> Iterator[_Batch]:
         """Put what was loaded together as the encoder wants it."""
         contents: list[int] = []
         pixels: list[Tensor] = []
@@ -284,7 +300,7 @@ class EncodingRun:
             raise ValueError("a batch has neither pictures nor texts")
         return self.encoder.encode_pairs(pixels, tokens)
 
-    def _land(self, assembler: Assembler) -> None:
+    def _land(self, assembler: Collector) -> None:
         """Take over the oldest batch that was launched."""
         flight = self._in_flight.popleft()
         if flight.done is not None:

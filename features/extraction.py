@@ -21,9 +21,12 @@ __all__ = [
     "ExtractionConfig",
     "ExtractionReport",
     "Progress",
+    "check_modality",
     "extract",
+    "part_metadata",
     "recipe_digest",
     "settle_precision",
+    "take_stock",
 ]
 
 Progress = Callable[[int, int], None]
@@ -77,6 +80,17 @@ def recipe_digest(info: EncoderInfo, modality: Modality, config: ExtractionConfi
             "draft_jpeg": config.draft_jpeg and modality != "text",
         }
     )
+
+
+def part_metadata(info: EncoderInfo, plan: Plan, config: ExtractionConfig, batch_size: int) -> dict[str, str]:
+    """What each part says of how it was made; equal where parts of one feature set belong together."""
+    contents = plan.contents
+    settings = config.identity() | {
+        "batch_size": batch_size,
+        "rows_per_part": plan.rows_per_part,
+        "catalogue": contents.fingerprint(),
+    }
+    return {"recipe": recipe_digest(info, contents.modality, config), "settings": digest_json(settings)}
 
 
 def settle_precision(
@@ -158,23 +172,14 @@ def extract(
     config = config or ExtractionConfig()
     asked = config.precision
     config, precision = settle_precision(encoder, catalogue, modality, config, text=text)
-    if modality not in encoder.info.modalities:
-        raise EncoderError(
-            f"encoder {encoder.info.spec!r} has no modality {modality!r}; it has "
-            f"{', '.join(encoder.info.modalities)}; choose one of these."
-        )
+    check_modality(encoder.info, modality)
     contents = catalogue.contents(modality, text)
     plan = Plan.make(contents, config.rows_per_part or rows_per_part(len(contents)), known)
     run = EncodingRun(encoder, modality, plan, config)
-    settings = config.identity() | {
-        "batch_size": run.batch_size,
-        "rows_per_part": plan.rows_per_part,
-        "catalogue": contents.fingerprint(),
-    }
-    metadata = {"recipe": recipe_digest(encoder.info, modality, config), "settings": digest_json(settings)}
+    metadata = part_metadata(encoder.info, plan, config, run.batch_size)
     with PartWriter(folder, metadata) as writer:
         assembler = Assembler(plan, run.empty, known, writer.write, progress)
-        todo, notes = _take_stock(folder, plan, metadata, assembler, say)
+        todo, notes = take_stock(folder, plan, metadata, assembler, say)
         assembler.finish()
         run.encode(todo, run.loader(catalogue.image_root), assembler)
     made = sum(len(plan.rows(part)) for part in todo)
@@ -202,7 +207,20 @@ def extract(
     )
 
 
-def _take_stock(
+def check_modality(info: EncoderInfo, modality: Modality) -> None:
+    """Refuse a modality that an encoder lacks.
+
+    Raises:
+        EncoderError: It lists those that the encoder has.
+    """
+    if modality not in info.modalities:
+        raise EncoderError(
+            f"encoder {info.spec!r} has no modality {modality!r}; it has "
+            f"{', '.join(info.modalities)}; choose one of these."
+        )
+
+
+def take_stock(
     folder: Path,
     plan: Plan,
     metadata: dict[str, str],
