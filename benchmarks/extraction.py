@@ -1,16 +1,18 @@
-"""How near a whole extraction comes to the encoder's forward pass alone.
+"""How near a whole extraction comes to the encoder's forward pass alone, and how far past a plain loop.
 
 A whole extraction reads, decodes and resizes pictures (or tokenizes texts), encodes, and writes the
-parts. The ceiling is the same encoder's forward pass over batches of the same shapes that lie ready
-in memory: pictures in full batches; texts tokenized, sorted and cut beforehand, as the extraction
-does it. Both run in one process at one precision; the ceiling is measured in two halves, before and
-after each extraction, so that a machine that slows down or speeds up does so for both. Goal: at
-least 90% of the ceiling, with at most 1.5 GB of memory above what is resident once the model is
-loaded.
+parts. The ceiling is the same encoder's forward pass, in the same precision, over batches of the same
+shapes that lie ready in memory: pictures in full batches; texts tokenized, sorted and cut beforehand,
+as the extraction does it. Both run in one process; the ceiling is measured in two halves, before and
+after each extraction, so that a machine that slows down or speeds up does so for both. Goals: at
+least 95% of the ceiling, and at most 1.5 GB of memory above what is resident once the model is loaded.
+
+With --plain the same items also go through a plain float32 loop (see benchmarks.plain_loop), and a
+reduced precision is compared with float32: lowest cosine, and the share of ten nearest neighbours kept.
 
 Pictures and texts are those of the MovieLens posters where that folder is there, else rendered
 ones. The weights are random, in a checkpoint file that is made first: speed does not depend on
-their values.
+their values. Example: python -m benchmarks.extraction --precisions float32 bfloat16 --plain
 """
 
 import argparse
@@ -30,20 +32,34 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from benchmarks.measure import PeakMemory, machine, report
+from benchmarks.measure import PeakMemory, give_back_memory, machine, report, resident_bytes
+from benchmarks.plain_loop import plain_items_per_s
 from features.assembling import Plan
 from features.catalogue import Catalogue, Modality, TextConfig
 from features.encoders.base import Encoder
 from features.encoders.registry import load_encoder
+from features.encoders.vlmo.config import VARIANTS
+from features.encoders.vlmo.model import Vlmo
+from features.encoders.word_pieces import SPECIAL_TOKENS
 from features.encoding import EncodingRun, evaluating
 from features.extraction import ExtractionConfig, extract
+from features.feature_table import FeatureSet
 from features.images import open_image, read_picture
 from features.parts import rows_per_part
+from features.precision import in_precision, neighbour_overlap
 
-MIN_RATIO, MAX_MEMORY_BYTES = 0.9, 1.5e9
+MIN_RATIO, MAX_MEMORY_BYTES = 0.95, 1.5e9
 POSTERS = Path(__file__).resolve().parents[2] / "shared" / "data" / "movielens-posters"
-TEXT = TextConfig(fields=("description",))
+KINDS: dict[str, tuple[Modality, TextConfig]] = {
+    "images": ("image", TextConfig()),
+    "titles": ("text", TextConfig(fields=("title",))),
+    "plots": ("text", TextConfig(fields=("description",))),
+    "pairs": ("fused", TextConfig(fields=("title",))),
+}
+"""What is encoded."""
+VLMO = "vlmo-base"
 WORDS = "a warm wool coat with two deep pockets and a hood for cold windy days by the sea".split()  # noqa: SIM905
 
 
@@ -53,8 +69,10 @@ class Side:
 
     extraction: float
     ceiling: float
+    vectors: Tensor
     waiting_share: float
-    peak_bytes: int
+    memory_bytes: int
+    """Above what was resident with the model loaded and nothing else."""
 
 
 def posters(folder: Path, n_items: int) -> Catalogue:
@@ -76,7 +94,8 @@ def rendered(folder: Path, n_items: int) -> Catalogue:
         text = " ".join(rng.choice(WORDS, rng.integers(10, 90)))
         name = f"{number}.jpg"
         data = (folder / name).read_bytes()
-        rows.append({"item_id": str(number), "image": name, "image_hash": _sha256(data), "description": text})
+        row = {"item_id": str(number), "image": name, "image_hash": _sha256(data), "description": text}
+        rows.append(row | {"title": f"{text[:20]} {number}"})
     return Catalogue(pl.DataFrame(rows), str(folder))
 
 
@@ -84,119 +103,176 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def make_checkpoint(architecture: str, path: Path) -> None:
-    """Seeded random weights of an open_clip architecture."""
+def make_checkpoint(model: str, folder: Path) -> str:
+    """Seeded random weights of an architecture, and the specification that loads them."""
     torch.manual_seed(0)
-    model = open_clip.CLIP(**open_clip.get_model_config(architecture))
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    path = folder / f"{model}.safetensors"
+    if model == VLMO:
+        network = Vlmo(VARIANTS["base"])
+        network.reset(torch.Generator().manual_seed(0))
+        positions = {"text_embeddings.position_embeddings.weight": torch.zeros(40, 768)}
+        save_file({**network.state_dict(), **positions}, path)
+        words = [*SPECIAL_TOKENS, *"abcdefghijklmnopqrstuvwxyz0123456789", *sorted(set(WORDS))]
+        words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
+        (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+        return f"vlmo/base:{path}"
+    tower = open_clip.CLIP(**open_clip.get_model_config(model))
+    save_file({name: tensor.contiguous() for name, tensor in tower.state_dict().items()}, path)
+    return f"open_clip/{model}:{path}"
 
 
-def ready_batches(encoder: Encoder, catalogue: Catalogue, modality: Modality) -> list[Tensor]:
+def ready_batches(encoder: Encoder, catalogue: Catalogue, kind: str) -> list[tuple[Tensor, ...]]:
     """The extraction's own batches; of pictures a few, which are then used again and again."""
-    contents = catalogue.contents(modality, TEXT)
+    modality, text = KINDS[kind]
+    contents = catalogue.contents(modality, text)
     plan = Plan.make(contents, rows_per_part(len(contents)), None)
     size = EncodingRun(encoder, modality, plan, ExtractionConfig()).batch_size
-    batches: list[Tensor] = []
+    batches: list[tuple[Tensor, ...]] = []
+    pixels = torch.empty(0)
     for part in range(plan.n_parts):
         sources = [plan.source(content) for content in plan.to_encode(part)]
         if modality == "text":
             ids = sorted(encoder.token_ids([source.text for source in sources]), key=len)
-            batches += [encoder.pad(ids[start : start + size]) for start in range(0, len(ids), size)]
+            batches += [(encoder.pad(ids[start : start + size]),) for start in range(0, len(ids), size)]
             continue
-        if not batches:
+        if not len(pixels):
             some = [read_picture(catalogue.image_root, source.paths[0]) for source in sources[:size]]
-            batches.append(torch.stack([encoder.image_transform(open_image(data)) for data in some]))
-        batches += [batches[0][: min(size, len(sources) - start)] for start in range(0, len(sources), size)]
-    return batches[1:] if modality == "image" else batches
+            pixels = torch.stack([encoder.image_transform(open_image(data)) for data in some])
+        for start in range(0, len(sources), size):
+            rows = sources[start : start + size]
+            tokens = (encoder.tokenize([source.text for source in rows]),) if modality == "fused" else ()
+            batches.append((pixels[: len(rows)], *tokens))
+    return batches
 
 
-def forward_seconds(encoder: Encoder, batches: list[Tensor], modality: Modality) -> float:
+def forward_seconds(encoder: Encoder, batches: list[tuple[Tensor, ...]], kind: str) -> float:
     """Wall time of the forward passes alone."""
-    device = next(encoder.parameters()).device
-    encode = encoder.encode_images if modality == "image" else encoder.encode_texts
+    weights = next(encoder.parameters())
+    names = {"image": encoder.encode_images, "text": encoder.encode_texts, "fused": encoder.encode_pairs}
+    encode = names[KINDS[kind][0]]
     with evaluating(encoder), torch.inference_mode():
         start = time.perf_counter()
+        vectors = torch.empty(0)
         for batch in batches:
-            vectors = encode(batch.to(device))
+            given = [tensor.to(weights.device) for tensor in batch]
+            vectors = encode(
+                *(tensor.to(weights.dtype) if tensor.is_floating_point() else tensor for tensor in given)
+            )
         vectors.cpu()
         return time.perf_counter() - start
 
 
 def measure(
-    encoder: Encoder, catalogue: Catalogue, modality: Modality, config: ExtractionConfig, folder: Path
+    encoder: Encoder, catalogue: Catalogue, kind: str, config: ExtractionConfig, folder: Path
 ) -> Side:
     """One extraction between two halves of the ceiling."""
-    batches = ready_batches(encoder, catalogue, modality)
-    forward_seconds(encoder, batches[:1], modality)  # first calls allocate
-    seconds = forward_seconds(encoder, batches[::2], modality)
+    modality, text = KINDS[kind]
+    batches = ready_batches(encoder, catalogue, kind)
+    give_back_memory()
+    resident = resident_bytes()
+    bare = in_precision(encoder, config.precision)
+    forward_seconds(bare, batches[:1], kind)  # first calls allocate
+    seconds = forward_seconds(bare, batches[::2], kind)
     with PeakMemory() as memory:
         start = time.perf_counter()
-        done = extract(encoder, catalogue, modality, folder, config, text=TEXT)
+        done = extract(encoder, catalogue, modality, folder, config, text=text)
         taken = time.perf_counter() - start
-    seconds += forward_seconds(encoder, batches[1::2], modality)
-    n_encoded = sum(len(batch) for batch in batches)
+    seconds += forward_seconds(bare, batches[1::2], kind)
+    n_encoded = sum(len(batch[0]) for batch in batches)
     assert done.encoded == n_encoded, (done.encoded, n_encoded)
-    return Side(done.encoded / taken, n_encoded / seconds, done.waiting_share, memory.peak)
+    vectors = FeatureSet.read(sorted(folder.glob("part-*.parquet"))).vectors.float()
+    return Side(done.encoded / taken, n_encoded / seconds, vectors, done.waiting_share, memory.peak - resident)
 
 
 def rounds(
-    encoder: Encoder, catalogue: Catalogue, modality: Modality, config: ExtractionConfig, n_rounds: int
+    encoder: Encoder, catalogue: Catalogue, kind: str, config: ExtractionConfig, n_rounds: int
 ) -> Iterator[Side]:
     """Several measurements, each into a folder of its own."""
     for _ in range(n_rounds):
         with tempfile.TemporaryDirectory() as folder:
-            yield measure(encoder, catalogue, modality, config, Path(folder))
+            yield measure(encoder, catalogue, kind, config, Path(folder))
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """All that is asked for, as one result."""
-    checkpoint = folder / "weights.safetensors"
-    make_checkpoint(options.architecture, checkpoint)
     pictures = folder / "pictures"
     pictures.mkdir()
     real = (options.posters / "items.parquet").exists()
     catalogue = posters(options.posters, options.items) if real else rendered(pictures, options.items)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(f"open_clip/{options.architecture}:{checkpoint}", device=device)
-    config = ExtractionConfig(workers=options.workers, n_workers=options.n_workers)
-    with PeakMemory() as memory:
-        pass
-    result: dict[str, object] = {
-        "architecture": options.architecture,
+    rows = []
+    for model in options.models:
+        encoder = load_encoder(make_checkpoint(model, folder), device=device)
+        for kind in options.kinds:
+            if KINDS[kind][0] not in encoder.info.modalities:
+                continue
+            plain = _plain(options, model, folder, catalogue, kind)
+            reference: Tensor | None = None
+            for precision in options.precisions:
+                config = ExtractionConfig(
+                    workers=options.workers, n_workers=options.n_workers, precision=precision
+                )
+                sides = list(rounds(encoder, catalogue, kind, config, options.rounds))
+                middle = sorted(sides, key=lambda side: side.extraction / side.ceiling)[len(sides) // 2]
+                reference = middle.vectors if reference is None else reference
+                rows.append(
+                    {
+                        "model": model,
+                        "kind": kind,
+                        "precision": precision,
+                        "extraction_items_per_s": round(middle.extraction, 2),
+                        "ceiling_items_per_s": round(middle.ceiling, 2),
+                        "ratio": round(middle.extraction / middle.ceiling, 3),
+                        "ratios": [round(side.extraction / side.ceiling, 3) for side in sides],
+                        "plain_items_per_s": plain and round(plain, 2),
+                        "times_plain": plain and round(middle.extraction / plain, 2),
+                        "cosine": round(float(cosine_similarity(reference, middle.vectors).min()), 6),
+                        "overlap": round(neighbour_overlap(reference, middle.vectors), 4),
+                        "waiting_share": round(statistics.median(side.waiting_share for side in sides), 4),
+                        "memory_mb": round(max(side.memory_bytes for side in sides) / 1e6),
+                    }
+                )
+        del encoder
+    return {
         "items": len(catalogue),
         "pictures": "MovieLens posters" if real else "rendered",
-        "precision": config.precision,
         "device": device,
         "workers": f"{options.workers} {options.n_workers or ''}".strip(),
         "machine": machine(),
+        "rows": rows,
     }
-    for modality in options.modalities:
-        sides = list(rounds(encoder, catalogue, modality, config, options.rounds))
-        middle = sorted(sides, key=lambda side: side.extraction / side.ceiling)[len(sides) // 2]
-        result[modality] = {
-            "extraction_items_per_s": round(middle.extraction, 2),
-            "ceiling_items_per_s": round(middle.ceiling, 2),
-            "ratio": round(middle.extraction / middle.ceiling, 3),
-            "ratios": [round(side.extraction / side.ceiling, 3) for side in sides],
-            "waiting_share": round(statistics.median(side.waiting_share for side in sides), 4),
-            "memory_above_model_mb": round((max(side.peak_bytes for side in sides) - memory.before) / 1e6),
-        }
-    return result
 
 
-def in_words(result: dict[str, object], modalities: list[str]) -> tuple[str, bool]:
-    """A line a modality, and whether every goal is reached."""
+def _plain(
+    options: argparse.Namespace, model: str, folder: Path, catalogue: Catalogue, kind: str
+) -> float | None:
+    """Items a second of the plain loop, where it is asked for and there is one."""
+    modality, text = KINDS[kind]
+    if not options.plain or model == VLMO or modality == "fused":
+        return None
+    root = Path(catalogue.image_root)
+    paths = [root / path for path in catalogue.items["image"]] if modality == "image" else []
+    return plain_items_per_s(model, folder / f"{model}.safetensors", paths, catalogue.texts(text))
+
+
+def in_words(result: dict[str, object]) -> tuple[str, bool]:
+    """A line for each measurement, and whether every goal is reached."""
     lines, reached = [], True
-    for modality in modalities:
-        side = result[modality]
-        assert isinstance(side, dict)
-        lines.append(
-            f"{modality}: extraction {side['extraction_items_per_s']} items/s, forward pass alone "
-            f"{side['ceiling_items_per_s']} items/s, ratio {side['ratio']} (goal {MIN_RATIO}); waiting for "
-            f"data {side['waiting_share']:.1%} of the time; memory {side['memory_above_model_mb']} MB above "
-            f"the model (goal {MAX_MEMORY_BYTES / 1e6:.0f})"
+    rows = result["rows"]
+    assert isinstance(rows, list)
+    for row in rows:
+        line = (
+            f"{row['model']} {row['kind']} {row['precision']}: extraction {row['extraction_items_per_s']} "
+            f"items/s, forward pass alone {row['ceiling_items_per_s']} items/s, ratio {row['ratio']} (goal "
+            f"{MIN_RATIO}); waiting for data {row['waiting_share']:.1%} of the time; memory {row['memory_mb']} "
+            f"MB above the model (goal {MAX_MEMORY_BYTES / 1e6:.0f})"
         )
-        reached &= side["ratio"] >= MIN_RATIO and side["memory_above_model_mb"] <= MAX_MEMORY_BYTES / 1e6
+        if row["times_plain"]:
+            line += f"; {row['times_plain']} times the plain loop's {row['plain_items_per_s']} items/s"
+        if row["precision"] != "float32":
+            line += f"; lowest cosine {row['cosine']}, {row['overlap']:.1%} of neighbours kept"
+        lines.append(line)
+        reached &= row["ratio"] >= MIN_RATIO and row["memory_mb"] <= MAX_MEMORY_BYTES / 1e6
     return "\n".join(lines), reached
 
 
@@ -209,12 +285,23 @@ def main() -> int:
     )
     parser.add_argument("--items", type=int, default=1000, help="items to extract (default: %(default)s)")
     parser.add_argument(
-        "--architecture", default="ViT-B-32", help="one of open_clip's (default: %(default)s)"
+        "--models",
+        nargs="+",
+        default=["ViT-B-32"],
+        help=f"open_clip architectures, or {VLMO} (default: ViT-B-32)",
     )
     parser.add_argument("--posters", type=Path, default=POSTERS, help="folder of the MovieLens posters")
     parser.add_argument(
-        "--modalities", nargs="+", choices=["image", "text"], default=["image", "text"], help="default: both"
+        "--kinds", nargs="+", choices=list(KINDS), default=["images", "plots"], help="default: images plots"
     )
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=["float32", "bfloat16", "float16"],
+        default=["float32"],
+        help="the first one is what the others are compared with (default: float32)",
+    )
+    parser.add_argument("--plain", action="store_true", help="also run a plain loop, and compare with it")
     parser.add_argument("--workers", choices=["auto", "threads", "processes"], default="auto", help="loaders")
     parser.add_argument("--n-workers", type=int, default=0, help="how many; 0 chooses (default)")
     parser.add_argument(
@@ -225,7 +312,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = run(options, Path(folder))
-    text, reached = in_words(result, options.modalities)
+    text, reached = in_words(result)
     report(result, as_json=options.json, save=options.save, text=text)
     return 0 if reached else 1
 

@@ -1,5 +1,8 @@
 """What every benchmark needs: memory of a process and its children, the machine in words, a result file."""
 
+import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -48,6 +51,14 @@ def resident_bytes() -> int:
         except psutil.NoSuchProcess:
             continue
     return total
+
+
+def give_back_memory() -> None:
+    """Return to the system what was freed, so that the next reading shows what is in use."""
+    gc.collect()
+    if platform.system() == "Linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class PeakMemory:

@@ -203,17 +203,32 @@ def show_comparison(out: Output, comparison: Artefact, document: dict[str, Any])
 
 @app.command(rich_help_panel=STAGES)
 def encoders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
-    """List the forms of an encoder's specification, and the encoders whose features the store holds."""
+    """List the presets and the forms of an encoder's specification, with the feature sets in the store.
+
+    A preset's name stands for its specification wherever an encoder is asked for.
+    """
+    from features.encoders.presets import presets
     from features.encoders.registry import FAMILIES, OF_A_CATALOGUE
+    from pipeline.encoder_tables import preset_table
 
     out = Output(as_json=json)
     cached = Counter(str(a.manifest.parameters["encoder"]) for a in open_store(store, out).list("features"))
+    named = {name: cached.pop(name, 0) for name in presets()}
     families = [*FAMILIES.values(), *OF_A_CATALOGUE.values()]
     examples = [family.example for family in families] + ["shuffled:tiny", "given"]
-    documents = [{"spec": spec, "cached": cached.pop(spec, 0)} for spec in examples]
-    documents += [{"spec": spec, "cached": count} for spec, count in sorted(cached.items())]
-    rows = [(document["spec"], document["cached"] or "") for document in documents]
-    out.show(documents, table("Encoders", ("specification", "feature sets in the store"), rows))
+    forms = [{"spec": spec, "cached": cached.pop(spec, 0)} for spec in examples]
+    forms += [{"spec": spec, "cached": count} for spec, count in sorted(cached.items())]
+    if out.as_json:
+        listed = [
+            {"preset": name, **preset.model_dump(mode="json"), "cached": named[name]}
+            for name, preset in presets().items()
+        ]
+        out.show({"presets": listed, "forms": forms})
+        return
+    out.console.print(preset_table(named))
+    rows = [(form["spec"], form["cached"] or "") for form in forms]
+    out.console.print()
+    out.console.print(table("Forms of a specification", ("for example", "feature sets in the store"), rows))
 
 
 @app.command(rich_help_panel=STAGES)

@@ -26,9 +26,10 @@ from features.encoders.registry import (
 from features.encoders.tfidf import FAMILY as TFIDF
 from features.encoders.tfidf import TfidfEncoder, TfidfFit, fit_tfidf
 from features.encoders.unit_length import UnitLengthEncoder
-from features.extraction import ExtractionConfig, extract, recipe_digest
+from features.extraction import ExtractionConfig, extract, recipe_digest, settle_precision
 from features.feature_table import FeatureSet, StatusType, read_rows, shuffle_rows, write_features
 from features.known import KnownVectors
+from features.precision import precision_in_key
 from features.precomputed import join_vectors
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.errors import ConfigError
@@ -101,7 +102,12 @@ def extract_features(
 
     def make(draft: Draft) -> None:
         encoder, fitted = _open_encoder(config, catalogue)
-        recipe = recipe_digest(encoder.info, config.modality, config.extraction)
+        extraction, probed = settle_precision(
+            encoder, catalogue, config.modality, config.extraction, text=config.text
+        )
+        if config.extraction.precision == "auto":
+            reporter.say(f"  {probed.reason}")
+        recipe = recipe_digest(encoder.info, config.modality, extraction)
         known = None if force and not retry_failed else _known_vectors(store, recipe)
         with reporter.progress(f"{config.encoder} {config.modality}") as progress:
             report = extract(
@@ -109,14 +115,16 @@ def extract_features(
                 catalogue,
                 config.modality,
                 draft.folder,
-                config.extraction,
+                extraction,
                 text=config.text,
                 known=known,
                 progress=progress,
                 say=lambda note: reporter.say(f"  {note}"),
             )
         facts = json.loads(json.dumps(asdict(report)))
-        draft.record(**facts, **fitted, recipe=recipe, summary=_summary(facts))
+        draft.record(
+            **facts, **fitted, recipe=recipe, precision_probe=asdict(probed), summary=_summary(facts)
+        )
 
     outcome = store.produce(
         "features",
@@ -133,11 +141,12 @@ def extract_features(
 
 def _identity(catalogue: Catalogue, config: FeaturesConfig, info: EncoderInfo) -> dict[str, JsonValue]:
     """All that can change the vectors. Not the dataset's key: another split of the same items shares them."""
+    precision = precision_in_key(config.extraction.precision, torch.device(choose_device(config.device)))
     return {
         "catalogue": catalogue.fingerprint(config.modality, config.text),
         "encoder": {"weights": info.weights_sha256, "preprocessing": info.preprocessing_sha256},
         "modality": config.modality,
-        "extraction": config.extraction.identity(),
+        "extraction": config.extraction.identity() | {"precision": precision},
     }
 
 

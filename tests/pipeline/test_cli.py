@@ -134,7 +134,7 @@ def test_verify_exits_with_1_when_a_file_is_damaged(
 
 def test_lists_of_encoders_and_recommenders_count_what_the_store_holds(shell: Shell, configs: Path) -> None:
     shell("run", str(configs / "run.yaml"), "--no-prefect")
-    encoders = {row["spec"]: row["cached"] for row in shell.json("encoders")}
+    encoders = {row["spec"]: row["cached"] for row in shell.json("encoders")["forms"]}
     assert encoders["random:8"] == 2
     assert "tiny" in encoders
     vbpr = next(row for row in shell.json("recommenders") if row["model"] == "vbpr")

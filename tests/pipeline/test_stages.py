@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from features.encoding import ExtractionConfig
 from features.errors import EncoderError
 from features.feature_table import FeatureSet, read_rows
 from features.indexing import IndexConfig
@@ -20,6 +21,7 @@ from pipeline.reading import read_dataset
 from pipeline.stages.build_index import build_index
 from pipeline.stages.extract_features import FeaturesConfig, extract_features
 from pipeline.stages.prepare_dataset import prepare_dataset
+from pipeline.stages.result import StageResult
 from pipeline.stages.train_recommender import RunSettings, feature_label, train_recommender
 from pipeline.store import Store
 from pipeline.two_stage import PlainStages, TwoStageResult, run_two_stage
@@ -270,3 +272,25 @@ def test_feature_labels_name_encoders_and_modalities() -> None:
         feature_label({"image": "open_clip/ViT-B-32:openai", "text": "tiny"})
         == "ViT-B-32:openai image, tiny text"
     )
+
+
+def test_precision_auto_is_probed_recorded_and_shares_vectors_with_what_it_took(
+    store: Store, finished: TwoStageResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = finished.dataset.artefact.key
+    monkeypatch.setattr("features.precision.has_bfloat16", lambda _: True)
+    monkeypatch.setattr("features.extraction.has_bfloat16", lambda _: True)
+
+    def made(precision: str) -> StageResult:
+        extraction = ExtractionConfig(precision=precision)
+        return extract_features(store, dataset, FeaturesConfig(encoder="tiny", extraction=extraction))
+
+    auto = made("auto")
+    facts = auto.artefact.manifest.facts
+    assert facts["precision"] == facts["precision_probe"]["taken"]
+    assert facts["precision_probe"]["cosine"] > 0.9
+    asked = made(facts["precision"])
+    assert asked.artefact.key != auto.artefact.key
+    assert asked.artefact.manifest.facts["encoded"] == 0  # the same vectors, so nothing was encoded again
+    monkeypatch.setattr("features.precision.has_bfloat16", lambda _: False)
+    assert made("auto").artefact.key == made("float32").artefact.key
