@@ -83,7 +83,7 @@ def collect(
     stale = {
         name
         for name, note in notes.items()
-        if note.started_at < leftovers_before and _is_abandoned(shelf, name)
+        if note.started_at < leftovers_before and shelf.is_abandoned(name)
     }
     drafts = _read_by([note for name, note in notes.items() if name not in stale])
     artefacts = survey()
@@ -157,11 +157,6 @@ def _notes(shelf: Shelf) -> list[DraftNote]:
         with suppress(ValidationError):  # finished this moment, or not a note of ours
             found.append(DraftNote.model_validate_json(shelf.read_document(f"{DRAFTS}/{file}") or b""))
     return found
-
-
-def _is_abandoned(shelf: Shelf, name: str) -> bool:
-    with shelf.try_lock(name) as abandoned:
-        return abandoned
 
 
 def _read_by(notes: Sequence[DraftNote]) -> dict[Node, str]:

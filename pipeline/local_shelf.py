@@ -3,7 +3,8 @@
 <root>/<kind>/<slug>-<key12>/manifest.json and files
 <root>/names/<name>.json              names that point at artefacts
 <root>/.drafts/<kind>-<key>/          what is being written; <kind>-<key>.json beside it says from what
-<root>/.locks/<kind>-<key>.lock       held while a key is written
+<root>/.shards/<kind>-<key>/          what several workers prepare together for one draft
+<root>/.locks/<kind>-<key>.lock       held while a key is written; <kind>-<key>--<worker>.lock by a worker
 <root>/.replaced/<kind>--<folder>     the old version during a replacement
 <root>/.trash/                        on its way out
 """
@@ -21,11 +22,13 @@ from pipeline.errors import StoreError
 from pipeline.manifest import MANIFEST_NAME, Kind, Manifest, encode_manifest
 from pipeline.shelf import (
     SCRATCH_SUFFIX,
+    SHARDS,
     Leftover,
-    abandoned_drafts,
+    abandoned_folders,
     bytes_below,
     delete_path,
     modified_at,
+    nobody_holds,
     process_lock,
     sync_folder,
     try_process_lock,
@@ -213,20 +216,63 @@ class LocalShelf:
     def write_document(self, path: str, data: bytes) -> None:
         """Write a small file of the store's own, whole."""
         target = self.root / path
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, data)
 
     def delete_document(self, path: str) -> None:
         """Delete a small file of the store's own, if it is there."""
         (self.root / path).unlink(missing_ok=True)
 
+    def create_document(self, path: str, data: bytes) -> bytes:
+        """Link a whole file to its name, which of several processes only the first can."""
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+        try:
+            write_whole(temporary, data)
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links: of two at the same moment the last counts
+                if not target.exists():
+                    temporary.replace(target)
+            return target.read_bytes()
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    # -- what several workers prepare together -----------------------------------------------------
+
+    def shared_folder(self, draft_name: str) -> Path:
+        """Return the shared folder itself: all machines of the store see it."""
+        return self.root / SHARDS / draft_name
+
+    def shared_names(self, draft_name: str) -> list[str]:
+        """Return the names of its files, sorted."""
+        return self.documents(f"{SHARDS}/{draft_name}")
+
+    def publish_shared(self, draft_name: str, name: str) -> None:
+        """Do nothing: the file lies where all look."""
+
+    def fetch_shared(self, draft_name: str, name: str) -> None:
+        """Do nothing: the file lies where all look."""
+
+    def remove_shared(self, draft_name: str) -> None:
+        """Make the folder disappear in one step, then delete it."""
+        self._discard(self.shared_folder(draft_name))
+
+    def is_abandoned(self, draft_name: str) -> bool:
+        """Ask the locks."""
+        return nobody_holds(self.root / LOCKS, draft_name)
+
     # -- leftovers ---------------------------------------------------------------------------------
 
     def leftovers(self) -> list[Leftover]:
-        """Return abandoned drafts and what an interrupted removal left in the trash."""
-        trash, drafts = self.root / TRASH, self.root / DRAFTS
+        """Return abandoned drafts, what workers prepared for them, and what an interrupted removal left."""
+        trash = self.root / TRASH
         found = sorted(trash.iterdir()) if trash.is_dir() else []
-        found += abandoned_drafts(drafts, self.try_lock)
+        found += abandoned_folders(self.root / DRAFTS, self.is_abandoned)
+        found += abandoned_folders(self.root / SHARDS, self.is_abandoned)
         return [Leftover(str(path), bytes_below(path), modified_at(path)) for path in found]
 
     def delete_leftover(self, leftover: Leftover) -> None:
@@ -234,6 +280,10 @@ class LocalShelf:
         path = Path(leftover.address)
         if path.parent.name == TRASH:
             delete_path(path)
+            return
+        if path.parent.name == SHARDS:
+            if self.is_abandoned(path.name):
+                self.remove_shared(path.name)
             return
         with self.try_lock(path.name.removesuffix(SCRATCH_SUFFIX)) as abandoned:
             if abandoned:

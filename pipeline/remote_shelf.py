@@ -6,6 +6,7 @@ fresh folder first, and the manifest that names this folder goes last:
 <root>/<kind>/<slug>-<key12>/data-<time>-<random>/files
 <root>/<kind>/<slug>-<key12>/manifest.json
 <root>/names/<name>.json, <root>/.drafts/<kind>-<key>.json
+<root>/.shards/<kind>-<key>/          what workers of several machines prepare for one draft
 
 Drafts, locks and fetched files lie in a local folder. Locks bind the processes of one machine; two machines
 that make one key at once each write a data folder, and the manifest that is written last decides.
@@ -28,11 +29,13 @@ from pipeline.manifest import KINDS, MANIFEST_NAME, Kind, Manifest, decode_manif
 from pipeline.shelf import (
     CHUNK_BYTES,
     SCRATCH_SUFFIX,
+    SHARDS,
     Leftover,
-    abandoned_drafts,
+    abandoned_folders,
     bytes_below,
     delete_path,
     modified_at,
+    nobody_holds,
     process_lock,
     try_process_lock,
 )
@@ -212,6 +215,54 @@ class RemoteShelf:
         with suppress(FileNotFoundError):
             self.filesystem.rm_file(f"{self.root}/{path}")
 
+    def create_document(self, path: str, data: bytes) -> bytes:
+        """Write a small object unless there is one; many stores can tell who of two was first."""
+        found = self.read_document(path)
+        if found is None:
+            target = f"{self.root}/{path}"
+            self.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            with suppress(FileExistsError):
+                self.filesystem.pipe_file(target, data, mode="create")
+            found = self.read_document(path)
+        return data if found is None else found
+
+    # -- what several workers prepare together -----------------------------------------------------
+
+    def shared_folder(self, draft_name: str) -> Path:
+        """Return this machine's copy of the shared folder."""
+        return self.cache / "shards" / draft_name
+
+    def shared_names(self, draft_name: str) -> list[str]:
+        """Return the names of the objects in the shared folder, sorted."""
+        return self._names_in(f"{self.root}/{SHARDS}/{draft_name}")
+
+    def publish_shared(self, draft_name: str, name: str) -> None:
+        """Upload a file."""
+        target = f"{self.root}/{SHARDS}/{draft_name}"
+        self.filesystem.makedirs(target, exist_ok=True)
+        self.filesystem.put_file(str(self.shared_folder(draft_name) / name), f"{target}/{name}")
+
+    def fetch_shared(self, draft_name: str, name: str) -> None:
+        """Download a file under another name, then move it."""
+        path = self.shared_folder(draft_name) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{name}.{uuid4().hex}.tmp")
+        try:
+            self.filesystem.get_file(f"{self.root}/{SHARDS}/{draft_name}/{name}", str(temporary))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def remove_shared(self, draft_name: str) -> None:
+        """Delete the objects, then this machine's copies."""
+        with suppress(FileNotFoundError):
+            self.filesystem.rm(f"{self.root}/{SHARDS}/{draft_name}", recursive=True)
+        shutil.rmtree(self.shared_folder(draft_name), ignore_errors=True)
+
+    def is_abandoned(self, draft_name: str) -> bool:
+        """Ask the locks of this machine; of other machines nobody knows."""
+        return nobody_holds(self.cache / "locks", draft_name)
+
     # -- leftovers ---------------------------------------------------------------------------------
 
     def leftovers(self) -> list[Leftover]:
@@ -220,7 +271,9 @@ class RemoteShelf:
         for kind in KINDS:
             for folder in self.folders(kind):
                 found += self._orphans(kind, folder)
-        here = abandoned_drafts(self.cache / "drafts", self.try_lock) + self._stale_copies()
+        found += self._abandoned_shards()
+        here = abandoned_folders(self.cache / "drafts", self.is_abandoned) + self._stale_copies()
+        here += abandoned_folders(self.cache / "shards", self.is_abandoned)
         return found + [Leftover(str(path), bytes_below(path), modified_at(path)) for path in here]
 
     def delete_leftover(self, leftover: Leftover) -> None:
@@ -230,6 +283,9 @@ class RemoteShelf:
             with self.try_lock(path.name.removesuffix(SCRATCH_SUFFIX)) as abandoned:
                 if abandoned:
                     delete_path(path)
+        elif path.parent == self.cache / "shards":
+            if self.is_abandoned(path.name):
+                delete_path(path)
         elif path.is_relative_to(self.cache):
             delete_path(path)
         else:
@@ -249,6 +305,25 @@ class RemoteShelf:
             if written is not None:
                 found.append(Leftover(f"{self.address(kind, folder)}/{top}", size, written))
         return found
+
+    def _abandoned_shards(self) -> list[Leftover]:
+        """Return what nobody on this machine works on; its age says whether others may."""
+        found = []
+        for name in self._names_in(f"{self.root}/{SHARDS}"):
+            folder = f"{self.root}/{SHARDS}/{name}"
+            files = self._files_below(folder)
+            if files and self.is_abandoned(name):
+                since = max(self._modified(f"{folder}/{file}") for file in files)
+                found.append(Leftover(f"{self.url}/{SHARDS}/{name}", sum(files.values()), since))
+        return found
+
+    def _modified(self, path: str) -> datetime:
+        """Return when an object was written; now, so that it stays, where the store does not tell."""
+        try:
+            written = cast("datetime", self.filesystem.modified(path))
+        except (NotImplementedError, FileNotFoundError):
+            return datetime.now(UTC)
+        return written if written.tzinfo else written.replace(tzinfo=UTC)
 
     def _stale_copies(self) -> list[Path]:
         """Return fetched files of artefacts that are gone or were replaced."""

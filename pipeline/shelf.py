@@ -19,6 +19,10 @@ from pipeline.manifest import FileEntry, Kind, Manifest, safe_file_name
 
 CHUNK_BYTES = 1 << 20
 SCRATCH_SUFFIX = ".scratch"
+SHARDS = ".shards"
+"""Holds a folder for each draft that several workers prepare together."""
+WORKER_MARK = "--"
+"""Between a draft's name and a worker's in the name of the lock that the worker holds."""
 HASHING_THREADS = 4
 """hashlib lets go of the interpreter; more threads than disks can feed bring nothing."""
 
@@ -119,6 +123,34 @@ class Shelf(Protocol):
         """Delete a small file of the store's own, if it is there."""
         ...
 
+    def create_document(self, path: str, data: bytes) -> bytes:
+        """Write a small file of the store's own unless there is one; return what is there then."""
+        ...
+
+    def shared_folder(self, draft_name: str) -> Path:
+        """Return the local folder of what several workers make for one draft; it need not exist."""
+        ...
+
+    def shared_names(self, draft_name: str) -> list[str]:
+        """Return the names of the files that the workers of all machines have published, sorted."""
+        ...
+
+    def publish_shared(self, draft_name: str, name: str) -> None:
+        """Show a whole file of the local folder to the workers of other machines."""
+        ...
+
+    def fetch_shared(self, draft_name: str, name: str) -> None:
+        """Bring a published file into the local folder, in place of one that is there."""
+        ...
+
+    def remove_shared(self, draft_name: str) -> None:
+        """Take all of it away, here and where it is published."""
+        ...
+
+    def is_abandoned(self, draft_name: str) -> bool:
+        """Say whether nobody makes a draft, or works for one, as far as this place can tell."""
+        ...
+
     def leftovers(self) -> list[Leftover]:
         """Return what belongs to no artefact, drafts being written now left out."""
         ...
@@ -158,14 +190,22 @@ def scratch_beside(draft: Path) -> Path:
     return draft.with_name(draft.name + SCRATCH_SUFFIX)
 
 
-def abandoned_drafts(drafts: Path, try_lock: Callable[[str], AbstractContextManager[bool]]) -> list[Path]:
-    """Return the drafts, and the scratch folders beside them, that no process is writing."""
-    found = []
-    for folder in sorted(drafts.iterdir()) if drafts.is_dir() else []:
-        if folder.is_dir():
-            with try_lock(folder.name.removesuffix(SCRATCH_SUFFIX)) as abandoned:
-                found += [folder] if abandoned else []
-    return found
+def abandoned_folders(parent: Path, is_abandoned: Callable[[str], bool]) -> list[Path]:
+    """Return the drafts below a folder, and the scratch folders beside them, that no process is writing."""
+    return [
+        folder
+        for folder in (sorted(parent.iterdir()) if parent.is_dir() else [])
+        if folder.is_dir() and is_abandoned(folder.name.removesuffix(SCRATCH_SUFFIX))
+    ]
+
+
+def nobody_holds(locks: Path, draft_name: str) -> bool:
+    """Say whether no process of this machine holds a draft's lock or that of a worker for it."""
+    for path in [locks / f"{draft_name}.lock", *locks.glob(f"{draft_name}{WORKER_MARK}*.lock")]:
+        with try_process_lock(path) as is_free:
+            if not is_free:
+                return False
+    return True
 
 
 def drop_temporary_files(folder: Path) -> None:

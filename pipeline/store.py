@@ -1,9 +1,9 @@
 """Artefacts on disk: asked for by key or name, made once, written whole."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from pipeline.naming import Pointer
 from pipeline.opening import default_cache, default_url, open_shelf
 from pipeline.production import Recipe, announce, make_artefact
 from pipeline.references import folders_with_key, locate
+from pipeline.sharing import SharedFolder
+from pipeline.shelf import WORKER_MARK
 from pipeline.verification import Problem, verify_folder
 
 __all__ = [
@@ -198,6 +200,38 @@ class Store:
                 announce(self._shelf, recipe, self._has, self._lock(collection.LOCK, GARBAGE))
             manifest = make_artefact(self._shelf, recipe, make, resumable=resumable)
             return Outcome(Artefact(manifest, self._shelf), reused=False)
+
+    @contextmanager
+    def share(
+        self,
+        kind: Kind,
+        *,
+        slug: str,
+        identity: Mapping[str, JsonValue],
+        inputs: Sequence[InputRef] = (),
+        worker: str,
+    ) -> Iterator[SharedFolder]:
+        """Open the folder in which several workers prepare an artefact that ``produce`` then puts together.
+
+        What was written stays when a worker ends or is killed, and its inputs stay as those of a draft do.
+
+        Args:
+            kind: What the artefact will be.
+            slug: As for ``produce``.
+            identity: As for ``produce``.
+            inputs: As for ``produce``.
+            worker: Of two workers of this name the second waits, on one machine.
+
+        Raises:
+            StoreError: The store is full, read-only, or lacks an input.
+        """
+        recipe = Recipe(kind, artefact_key(kind, identity), slugify(slug), {}, tuple(inputs), {})
+        lock = f"{recipe.draft_name}{WORKER_MARK}{slugify(worker)}"
+        with ExitStack() as held:
+            with told_in_words(self._shelf):
+                held.enter_context(self._lock(lock, f"Another process works on {worker} of it"))
+                announce(self._shelf, recipe, self._has, self._lock(collection.LOCK, GARBAGE))
+            yield SharedFolder(self._shelf, recipe.draft_name)
 
     # -- naming ------------------------------------------------------------------------------------
 
