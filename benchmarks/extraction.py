@@ -181,7 +181,9 @@ def measure(
     n_encoded = sum(len(batch[0]) for batch in batches)
     assert done.encoded == n_encoded, (done.encoded, n_encoded)
     vectors = FeatureSet.read(sorted(folder.glob("part-*.parquet"))).vectors.float()
-    return Side(done.encoded / taken, n_encoded / seconds, vectors, done.waiting_share, memory.peak - resident)
+    return Side(
+        done.encoded / taken, n_encoded / seconds, vectors, done.waiting_share, memory.peak - resident
+    )
 
 
 def rounds(
@@ -264,8 +266,8 @@ def in_words(result: dict[str, object]) -> tuple[str, bool]:
         line = (
             f"{row['model']} {row['kind']} {row['precision']}: extraction {row['extraction_items_per_s']} "
             f"items/s, forward pass alone {row['ceiling_items_per_s']} items/s, ratio {row['ratio']} (goal "
-            f"{MIN_RATIO}); waiting for data {row['waiting_share']:.1%} of the time; memory {row['memory_mb']} "
-            f"MB above the model (goal {MAX_MEMORY_BYTES / 1e6:.0f})"
+            f"{MIN_RATIO}); waiting for data {row['waiting_share']:.1%} of the time; memory "
+            f"{row['memory_mb']} MB above the model (goal {MAX_MEMORY_BYTES / 1e6:.0f})"
         )
         if row["times_plain"]:
             line += f"; {row['times_plain']} times the plain loop's {row['plain_items_per_s']} items/s"
