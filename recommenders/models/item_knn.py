@@ -1,23 +1,36 @@
-"""Content ItemKNN: what resembles the user's items, without any training.
+"""ItemKNN: what resembles the user's items, by who took them or by their content, without any training.
 
 Source: the item-based top-N scheme of Deshpande and Karypis, "Item-based top-N recommendation algorithms",
-TOIS 2004, sec. 4, on content cosines instead of co-occurrence, the ItemKNN-CBF baseline of Ferrari Dacrema et
-al., "Are we really making much progress?", RecSys 2019.
+TOIS 2004, sec. 4. The shrunk cosine and the variant on content cosines are the ItemKNN-CF and ItemKNN-CBF
+baselines of Ferrari Dacrema et al., "Are we really making much progress?", RecSys 2019, sec. 2.3.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
+from scipy import sparse
 from torch import Tensor
 from torch.nn.functional import normalize
 from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import cosine_neighbours
-from recommenders.interactions import Interactions
+from recommenders.interactions import Float32Array, Int64Array, Interactions
 from recommenders.models.base import Recommender, Scorer
+
+_BLOCK_ITEMS = 4096
+"""Items whose co-occurrences with all others, a sparse matrix, are held at once."""
+
+
+class ItemKnnConfig(BaseModel, frozen=True, extra="forbid"):
+    """Settings of ItemKNN; Ferrari Dacrema et al. search k in 5 .. 1000 and shrinkage in 0 .. 1000."""
+
+    k: PositiveInt = Field(100, description="Nearest items kept for each item, the item itself not counted.")
+    shrinkage: NonNegativeFloat = Field(
+        10.0, description="Added to the cosine's denominator, so that few common users count for less."
+    )
 
 
 class ItemKnnContentConfig(BaseModel, frozen=True, extra="forbid"):
@@ -26,29 +39,18 @@ class ItemKnnContentConfig(BaseModel, frozen=True, extra="forbid"):
     k: PositiveInt = Field(10, description="Nearest items kept for each item, the item itself not counted.")
 
 
-class ItemKnnContent(Recommender):
-    """Score of item j for user u: the sum of cos(i, j) over u's training items i that have j in their list.
-
-    The list of i holds its k nearest items by the cosine of their features. Several modalities are each
-    scaled to length 1 and concatenated: where both items have all of them, the cosine is the mean of the
-    modalities' cosines. A modality that an item has no features for (a row of zeros) takes no part.
-    """
+class _NeighbourLists(Recommender):
+    """Score of item j for user u: the sum of s(i, j) over u's training items i that have j in their list."""
 
     scoring = "neighbours"
-    needs_features = True
 
     history_starts: Tensor
     history_items: Tensor
 
     def __init__(
-        self,
-        train: Interactions,
-        features: FeatureTable,
-        config: ItemKnnContentConfig,
-        rng: np.random.Generator,
+        self, train: Interactions, features: FeatureTable, config: BaseModel, rng: np.random.Generator
     ) -> None:
         super().__init__(train, features, config, rng)
-        self.k = config.k
         history = train.csr()
         # What the dataset already holds need not be in a checkpoint again.
         for name, values in (("history_starts", history.indptr), ("history_items", history.indices)):
@@ -58,14 +60,10 @@ class ItemKnnContent(Recommender):
     @override
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
         """Raise: a k-nearest-neighbour graph is no product of two embeddings."""
-        raise TypeError("ItemKnnContent has no embeddings; ask its scorer(features) for scores.")
+        raise TypeError(f"{type(self).__name__} has no embeddings; ask its scorer(features) for scores.")
 
-    @override
-    @torch.no_grad()
-    def scorer(self, features: FeatureTable) -> Scorer:
-        """Find the neighbour lists of these features, in I x k memory; a block of users adds up theirs."""
-        tables = [normalize(vectors.float(), dim=1) for vectors in features.vectors.values()]
-        neighbours, similarities = cosine_neighbours(torch.cat(tables, dim=1), self.k)  # (I, k) each
+    def _scorer_of(self, neighbours: Tensor, similarities: Tensor) -> Scorer:
+        """Return what adds up the (I, k) lists of a user's items."""
 
         def score(users: Tensor) -> Tensor:
             block_rows, items = self._histories(users)
@@ -89,3 +87,81 @@ class ItemKnnContent(Recommender):
         first = torch.cumsum(lengths, dim=0) - lengths  # where each user's items begin among the H
         steps = torch.arange(len(block_rows), device=users.device) - first[block_rows]
         return block_rows, self.history_items[starts[block_rows] + steps]
+
+
+class ItemKnn(_NeighbourLists):
+    """Neighbour lists by the cosine of the items' columns of the training matrix, shrunk.
+
+    s(i, j) = n_ij / (sqrt(n_i n_j) + shrinkage), with n_ij the users who took both. Lists are found block by
+    block on sparse matrices; of equally similar items the lower row makes the list.
+    """
+
+    neighbours: Tensor
+    similarities: Tensor
+
+    def __init__(
+        self, train: Interactions, features: FeatureTable, config: ItemKnnConfig, rng: np.random.Generator
+    ) -> None:
+        super().__init__(train, features, config, rng)
+        neighbours, similarities = _co_occurrence_neighbours(train, config.k, config.shrinkage)
+        self.register_buffer("neighbours", torch.from_numpy(neighbours), persistent=False)
+        self.register_buffer("similarities", torch.from_numpy(similarities), persistent=False)
+
+    @override
+    def scorer(self, features: FeatureTable) -> Scorer:
+        """Return what adds up the lists found when the model was built."""
+        return self._scorer_of(self.neighbours, self.similarities)
+
+
+class ItemKnnContent(_NeighbourLists):
+    """Neighbour lists by the cosine of the items' features: s(i, j) = cos(i, j).
+
+    Several modalities are each scaled to length 1 and concatenated: where both items have all of them, the
+    cosine is the mean of the modalities' cosines. A modality that an item has no features for (a row of
+    zeros) takes no part.
+    """
+
+    needs_features = True
+
+    def __init__(
+        self,
+        train: Interactions,
+        features: FeatureTable,
+        config: ItemKnnContentConfig,
+        rng: np.random.Generator,
+    ) -> None:
+        super().__init__(train, features, config, rng)
+        self.k = config.k
+
+    @override
+    @torch.no_grad()
+    def scorer(self, features: FeatureTable) -> Scorer:
+        """Find the neighbour lists of these features, in I x k memory; a block of users adds up theirs."""
+        tables = [normalize(vectors.float(), dim=1) for vectors in features.vectors.values()]
+        return self._scorer_of(*cosine_neighbours(torch.cat(tables, dim=1), self.k))
+
+
+def _co_occurrence_neighbours(
+    train: Interactions, k: int, shrinkage: float
+) -> tuple[Int64Array, Float32Array]:
+    """Return (I, k) neighbours and similarities; where an item has fewer, item 0 with similarity 0."""
+    n_items = train.n_items
+    k = min(k, max(n_items - 1, 1))
+    by_user = train.csr()
+    by_item = by_user.T.tocsr()  # (I, U)
+    lengths = np.sqrt(np.diff(by_item.indptr).astype(np.float64))
+    neighbours = np.zeros((n_items, k), dtype=np.int64)
+    similarities = np.zeros((n_items, k), dtype=np.float32)
+    for start in range(0, n_items, _BLOCK_ITEMS):
+        together = sparse.coo_matrix(by_item[start : start + _BLOCK_ITEMS] @ by_user)
+        rows, columns = start + together.row.astype(np.int64), together.col.astype(np.int64)
+        others = rows != columns
+        rows, columns = rows[others], columns[others]
+        values = together.data[others] / (lengths[rows] * lengths[columns] + shrinkage)
+        order = np.lexsort((columns, -values, rows))  # by item, the most similar first
+        rows, columns, values = rows[order], columns[order], values[order]
+        places = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        kept = places < k
+        neighbours[rows[kept], places[kept]] = columns[kept]
+        similarities[rows[kept], places[kept]] = values[kept]
+    return neighbours, similarities

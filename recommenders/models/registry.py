@@ -14,9 +14,11 @@ from recommenders.feature_input import FeatureTable
 from recommenders.interactions import Interactions
 from recommenders.models.base import Recommender
 from recommenders.models.bpr_mf import BprMf, BprMfConfig
-from recommenders.models.item_knn import ItemKnnContent, ItemKnnContentConfig
+from recommenders.models.ease import Ease, EaseConfig
+from recommenders.models.item_knn import ItemKnn, ItemKnnConfig, ItemKnnContent, ItemKnnContentConfig
 from recommenders.models.lightgcn import LightGcn, LightGcnConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
+from recommenders.models.random_scores import RandomScores, RandomScoresConfig
 from recommenders.models.vbpr import Vbpr, VbprConfig
 
 Setting = str | int | float | bool
@@ -33,6 +35,9 @@ class ModelEntry:
 
 MODELS: dict[str, ModelEntry] = {
     "popularity": ModelEntry(PopularityConfig, Popularity),
+    "random": ModelEntry(RandomScoresConfig, RandomScores),
+    "itemknn": ModelEntry(ItemKnnConfig, ItemKnn),
+    "ease": ModelEntry(EaseConfig, Ease),
     "itemknn_content": ModelEntry(ItemKnnContentConfig, ItemKnnContent),
     "bpr": ModelEntry(BprMfConfig, BprMf),
     "lightgcn": ModelEntry(LightGcnConfig, LightGcn),

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from recommenders.feature_input import FeatureTable
-from recommenders.models.item_knn import ItemKnnContent, ItemKnnContentConfig
+from recommenders.models import item_knn
+from recommenders.models.item_knn import ItemKnn, ItemKnnConfig, ItemKnnContent, ItemKnnContentConfig
 from tests.references.plain_item_knn import cosine, item_knn_scores
 from tests.worlds import World, interactions_of, random_world
 
@@ -78,3 +79,36 @@ def test_users_in_any_order_repeated_and_without_history_get_their_own_scores() 
     assert everyone[4].abs().max() == 0
     rows = torch.tensor([8, 4, 2, 2, 0])
     assert torch.equal(scorer(rows), everyone[rows])
+
+
+def knn_on_interactions(world: World, **settings: float) -> ItemKnn:
+    config = ItemKnnConfig.model_validate(settings)
+    return ItemKnn(world.split.train, FeatureTable(), config, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("k", [1, 4, 100])
+@pytest.mark.parametrize("shrinkage", [0.0, 2.5])
+def test_scores_on_interactions_match_the_plain_loop(k: int, shrinkage: float) -> None:
+    world = random_world(n_users=12, n_items=14)
+    takers = [set(np.flatnonzero(column)) for column in world.split.train.csr().toarray().T]
+    expected = np.zeros((12, 14))
+    for user, history in enumerate(histories(world)):
+        for i in history:
+            others = []
+            for j in range(14):
+                lengths = np.sqrt(len(takers[i]) * len(takers[j]))
+                common = len(takers[i] & takers[j])
+                others.append((common / (lengths + shrinkage) if common and j != i else 0.0, j))
+            for similarity, j in sorted(others, key=lambda pair: (-pair[0], pair[1]))[:k]:
+                expected[user, j] += similarity
+    scores = knn_on_interactions(world, k=k, shrinkage=shrinkage).scorer(FeatureTable())(torch.arange(12))
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_lists_found_in_blocks_are_those_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = random_world(n_users=12, n_items=14)
+    whole = knn_on_interactions(world, k=4)
+    monkeypatch.setattr(item_knn, "_BLOCK_ITEMS", 3)
+    blocks = knn_on_interactions(world, k=4)
+    assert torch.equal(blocks.neighbours, whole.neighbours)
+    assert torch.equal(blocks.similarities, whole.similarities)
