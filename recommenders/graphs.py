@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
-from torch import Tensor
-from torch.nn.functional import normalize
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag, normalize
 
 from recommenders.interactions import Interactions
 
@@ -24,8 +24,7 @@ def user_item_adjacency(train: Interactions) -> Tensor:
     without an interaction has an empty row.
 
     Returns:
-        (U + I, U + I) sparse CSR float32 with int32 indices, for which MKL has the fastest product: on 26k
-        nodes, 237k entries, 64 columns and two cores 2.5 ms, against 3.1 with int64 and 7.1 as COO.
+        (U + I, U + I) sparse CSR float32 with int32 indices.
 
     Source: He et al., "LightGCN", SIGIR 2020, eq. 7 and 8.
     """
@@ -36,15 +35,108 @@ def user_item_adjacency(train: Interactions) -> Tensor:
     degrees = np.bincount(sources, minlength=n_nodes)
     weights = 1.0 / np.sqrt(degrees[sources] * degrees[targets])
     adjacency = sparse.csr_matrix((weights, (sources, targets)), shape=(n_nodes, n_nodes))
+    parts = (adjacency.indptr, adjacency.indices, adjacency.data)
+    return csr_tensor(*(torch.from_numpy(part) for part in parts))
+
+
+def csr_tensor(starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """Return a square (N, N) sparse CSR float32 matrix with int32 indices from (N + 1,), (E,) and (E,)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(
-            torch.from_numpy(adjacency.indptr.astype(np.int32)),
-            torch.from_numpy(adjacency.indices.astype(np.int32)),
-            torch.from_numpy(adjacency.data.astype(np.float32)),
-            size=(n_nodes, n_nodes),
+            starts.int(),
+            columns.int(),
+            values.float(),
+            size=(len(starts) - 1, len(starts) - 1),
             check_invariants=True,
         )
+
+
+class UserItemGraph(nn.Module):
+    """The training pairs as a bipartite graph, some of whose edges can be left out at little cost.
+
+    Edges are sorted once by user and once by item, so that the adjacency of any subset needs no sorting: 3 ms
+    for Amazon Baby's 120k pairs. A module so that it follows its model to a device; nothing of it is saved.
+    """
+
+    users: Tensor
+    """(E,) user of each distinct pair, ascending."""
+    items: Tensor
+    """(E,) item of each."""
+    by_item: Tensor
+    """(E,) the pairs in the order of their items."""
+
+    def __init__(self, train: Interactions) -> None:
+        super().__init__()
+        self.n_users, self.n_items = train.n_users, train.n_items
+        users, items = np.divmod(train.keys(), max(train.n_items, 1))
+        order = np.argsort(items, kind="stable")
+        for name, rows in (("users", users), ("items", items), ("by_item", order)):
+            self.register_buffer(name, torch.from_numpy(rows), persistent=False)
+
+    def __len__(self) -> int:
+        """Return E, the number of distinct pairs."""
+        return len(self.users)
+
+    def degrees(self) -> tuple[Tensor, Tensor]:
+        """Return the (U,) number of pairs of each user and the (I,) number of each item."""
+        users = torch.bincount(self.users, minlength=self.n_users)
+        return users, torch.bincount(self.items, minlength=self.n_items)
+
+    def adjacency(self, kept: Tensor | None = None) -> Tensor:
+        """Return the adjacency as ``user_item_adjacency`` does, of the (E,) kept pairs and their degrees."""
+        users, items = self.users, self.items
+        users_by_item, items_by_item = users[self.by_item], items[self.by_item]
+        if kept is not None:
+            users, items = users[kept], items[kept]
+            kept_by_item = kept[self.by_item]
+            users_by_item, items_by_item = users_by_item[kept_by_item], items_by_item[kept_by_item]
+        n_of_user = torch.bincount(users, minlength=self.n_users)
+        n_of_item = torch.bincount(items, minlength=self.n_items)
+        starts = torch.cat([n_of_user.new_zeros(1), n_of_user, n_of_item]).cumsum(0)
+        columns = torch.cat([self.n_users + items, users_by_item])
+        degrees = torch.cat([n_of_user[users], n_of_user[users_by_item]]).double()
+        degrees *= torch.cat([n_of_item[items], n_of_item[items_by_item]])
+        return csr_tensor(starts, columns, degrees.rsqrt())
+
+    def sample(self, n_kept: int, weights: Tensor | None = None) -> Tensor:
+        """Draw pairs without replacement, from torch's global stream.
+
+        The pairs with the smallest Exp(1) / weight are a draw without replacement with chances proportional
+        to the weights (Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006).
+
+        Args:
+            n_kept: How many pairs to draw.
+            weights: (E,) positive; None: all equal.
+
+        Returns:
+            (E,) bool, ``n_kept`` of them true.
+        """
+        keys = torch.empty(len(self), device=self.users.device).exponential_()
+        if weights is not None:
+            keys = keys / weights
+        kept = torch.zeros(len(self), dtype=torch.bool, device=keys.device)
+        kept[keys.topk(n_kept, largest=False, sorted=False).indices] = True
+        return kept
+
+
+def sparse_product(matrix: Tensor, table: Tensor) -> Tensor:
+    """Return ``matrix @ table``, (N, D), of a sparse CSR matrix (N, N); without gradients.
+
+    On a CPU as a weighted sum of embeddings, each row a bag: with 26k nodes, 237k entries and 64 columns
+    0.9 ms on one core, against 9 ms for the CSR product and more for COO.
+    """
+    if table.device.type != "cpu":
+        return torch.mm(matrix, table)
+    return bag_sums(matrix.col_indices(), matrix.crow_indices(), matrix.values(), table)
+
+
+def bag_sums(columns: Tensor, starts: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """Return (N, D): the sums of ``weights[e] * table[columns[e]]`` over e in ``starts[n]:starts[n + 1]``."""
+    sums: Tensor = embedding_bag(
+        columns, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+    return sums
 
 
 def mean_propagation(adjacency: Tensor, embeddings: Tensor, n_layers: int) -> Tensor:
@@ -67,9 +159,9 @@ def mean_propagation(adjacency: Tensor, embeddings: Tensor, n_layers: int) -> Te
 class _SymmetricPropagation(torch.autograd.Function):
     """The mean over layers as one linear map P(A), evaluated by Horner's rule.
 
-    x + A (x + A (x + ...)) needs no layer but the last, and one fused multiply-add a layer. A polynomial of a
-    symmetric matrix is symmetric, so the gradient of P(A) x with respect to x is P(A) applied to the incoming
-    gradient: the same function again, nothing saved but A, and no transposed copy of A.
+    x + A (x + A (x + ...)) needs no layer but the last. A polynomial of a symmetric matrix is symmetric, so
+    the gradient of P(A) x with respect to x is P(A) applied to the incoming gradient: the same function
+    again, nothing saved but A, and no transposed copy of A.
     """
 
     @staticmethod
@@ -77,7 +169,7 @@ class _SymmetricPropagation(torch.autograd.Function):
         ctx.adjacency, ctx.n_layers = adjacency, n_layers
         total = embeddings
         for _ in range(n_layers):
-            total = torch.addmm(embeddings, adjacency, total)
+            total = sparse_product(adjacency, total.contiguous()).add_(embeddings)
         return total / (n_layers + 1)
 
     @staticmethod

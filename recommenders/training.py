@@ -225,6 +225,8 @@ class _Loop:
     def _train_epoch(self, epoch: int) -> float:
         """Take one step per batch; return the mean loss of a pair."""
         self.model.train()
+        self.model.start_epoch(self.features)
+        self.clock.lap("forward")
         losses: list[Tensor] = []
         sizes: list[int] = []
         for batch in self.pairs.epoch(self.config.batch_size, self.config.n_negatives, self.generator):

@@ -70,6 +70,19 @@ class Recommender(nn.Module, ABC):
         """Return the scalar to minimise on one batch, regularisation included."""
         raise TypeError(f"{type(self).__name__} has no parameters, so there is no loss to minimise.")
 
+    def start_epoch(self, features: FeatureTable) -> None:
+        """Prepare an epoch: draw edges anew, rebuild what follows the parameters; most models need nothing.
+
+        Training calls this before the first batch of each epoch. What is drawn comes from torch's global
+        stream, which training seeds, and keeps in its checkpoints.
+        """
+
+    def refresh_graph(self, features: FeatureTable) -> None:
+        """Rebuild what was derived from features whose rows have changed since; most models need nothing.
+
+        Joint training calls this on its schedule: while rows are live, a graph between items stays as it is.
+        """
+
     @torch.no_grad()
     def scorer(self, features: FeatureTable) -> Scorer:
         """Do all work that does not depend on the user once, and return what scores blocks of users."""
