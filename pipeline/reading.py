@@ -91,7 +91,8 @@ def read_catalogue(dataset: Artefact) -> Catalogue:
     items = pl.read_parquet(dataset.path("items.parquet"))
     root = str(dataset.manifest.facts.get("image_root", ""))
     if root == OWN_IMAGES:
-        root = f"{dataset.folder_url}/{OWN_IMAGES}"
+        inside = dataset.manifest.data_folder  # a remote store keeps the files in a folder of the artefact's
+        root = "/".join(part for part in (dataset.folder_url, inside, OWN_IMAGES) if part)
     return Catalogue(items=items, image_root=root)
 
 
