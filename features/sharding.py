@@ -32,7 +32,7 @@ from features.extraction import (
 )
 from features.known import KnownVectors
 from features.parts import PartFile, PartRows, Status, Vectors, part_name, rows_per_part, write_part
-from features.precision import Precision
+from features.precision import Precision, PrecisionReport
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,17 @@ class Settled(BaseModel, frozen=True, extra="forbid"):
 
     precision: Precision
     reason: str
-    """Why this precision, where it was to be chosen; else empty."""
+    """Why this precision."""
+    cosine: float | None = None
+    overlap: float | None = None
     batch_size: int
     notes: tuple[str, ...] = ()
     """What the encoder has to say of itself."""
+
+    @property
+    def probed(self) -> PrecisionReport:
+        """How the precision was chosen."""
+        return PrecisionReport(self.precision, self.reason, self.cosine, self.overlap)
 
     def applied_to(self, config: ExtractionConfig) -> ExtractionConfig:
         """The configuration with nothing left to choose."""
@@ -150,12 +157,12 @@ def settle(
     """Choose the precision and the batch size that a configuration leaves open."""
     check_modality(encoder.info, modality)
     settled, report = settle_precision(encoder, catalogue, modality, config, text=text)
-    if settled.precision == "auto":  # for the type checker: it is settled now
-        raise ValueError("the precision is still open")
     plan = _plan(catalogue.contents(modality, text), config, None)
     return Settled(
-        precision=settled.precision,
-        reason=report.reason if config.precision == "auto" else "",
+        precision=report.taken,
+        reason=report.reason,
+        cosine=report.cosine,
+        overlap=report.overlap,
         batch_size=EncodingRun(encoder, modality, plan, settled).batch_size,
         notes=tuple(encoder.notes),
     )
@@ -314,7 +321,7 @@ def assemble(
         n_shards: Number of shards, to say which of them are missing.
         text: As given to `encode_shard`.
         purpose: As given to `encode_shard`.
-        settled: What is told of the choice of precision and of the encoder.
+        settled: What `settle` gave, for the notes.
         progress: Is told the rows done and the rows in all.
         say: Is told what a person should know at once.
 
@@ -347,7 +354,6 @@ def assemble(
                 _hand_over(assembler, plan, part, found.rows)
     seconds = sum(figure.seconds for figure in figures)
     encoded = sum(figure.encoded for figure in figures)
-    head = (*settled.notes, *([settled.reason] if settled.reason else [])) if settled else ()
     return ExtractionReport(
         rows=len(catalogue),
         n_ok=assembler.statuses["ok"],
@@ -368,7 +374,7 @@ def assemble(
         items_per_s=encoded / seconds if seconds else 0.0,
         waiting_share=sum(figure.waiting_s for figure in figures) / seconds if seconds else 0.0,
         reasons=dict(assembler.reasons.most_common(10)),
-        notes=(*head, *notes),
+        notes=(*(settled.notes if settled else ()), *notes),
     )
 
 

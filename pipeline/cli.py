@@ -86,6 +86,13 @@ def extract(
             "--retry-failed", help="Try the unreadable rows of these features again, and only those."
         ),
     ] = False,
+    shard: Annotated[
+        str,
+        typer.Option(
+            metavar="I/N",
+            help="Encode this share only, counted from 0; the last worker of all puts the features together.",
+        ),
+    ] = "",
     name: NameOption = "",
     set_: SetOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -96,20 +103,39 @@ def extract(
 
     Examples: `tandem extract shop --encoder open_clip/ViT-B-32:openai --modality image` ·
     `tandem extract shop --encoder tiny --modality text --set 'text.fields=[title]'`
+
+    On two machines that share a store: `tandem extract shop --store s3://bucket/tandem --shard 0/2` on one,
+    the same with `--shard 1/2` on the other.
     """
     from pipeline.config import parse_config, with_overrides
     from pipeline.stages.extract_features import FeaturesConfig, extract_features
 
     out = Output(as_json=json)
     raw = with_overrides({"encoder": encoder, "modality": modality}, set_ or [])
+    config = parse_config(raw, FeaturesConfig, "--set")
+    if shard:
+        from features.sharding import Shard
+        from pipeline.stages.extract_shards import ShardsMissing, extract_shard
+
+        share = Shard.parse(shard)
+        opened = open_store(store, out)
+        outcome = extract_shard(
+            opened,
+            dataset,
+            config,
+            share,
+            reporter=out.reporter,
+            force=force,
+            retry_failed=retry_failed,
+        )
+        if isinstance(outcome, ShardsMissing):
+            out.show(outcome.to_json(), outcome.line())
+        else:
+            _finish(out, opened, outcome, name)
+        return
     opened = open_store(store, out)
     result = extract_features(
-        opened,
-        dataset,
-        parse_config(raw, FeaturesConfig, "--set"),
-        reporter=out.reporter,
-        force=force,
-        retry_failed=retry_failed,
+        opened, dataset, config, reporter=out.reporter, force=force, retry_failed=retry_failed
     )
     _finish(out, opened, result, name)
 

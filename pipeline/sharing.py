@@ -43,18 +43,24 @@ class SharedFolder:
         with told_in_words(self._shelf), ThreadPoolExecutor(TRANSFERS) as pool:
             list(pool.map(lambda name: self._shelf.fetch_shared(self._draft_name, name), names))
 
+    def read(self, name: str) -> bytes | None:
+        """Return what ``settle`` gave to the first worker, None where none has asked yet."""
+        with told_in_words(self._shelf):
+            return self._shelf.read_document(self._path(name))
+
     def settle(self, name: str, find_out: Callable[[], bytes]) -> bytes:
         """Return what the first worker found out; every other worker gets the same."""
-        path = f"{SHARDS}/{self._draft_name}/{name}"
-        with told_in_words(self._shelf):
-            found = self._shelf.read_document(path)
+        found = self.read(name)
         if found is not None:
             return found
         data = find_out()
         with told_in_words(self._shelf):
-            return self._shelf.create_document(path, data)
+            return self._shelf.create_document(self._path(name), data)
 
     def remove(self) -> None:
         """Take all of it away."""
         with told_in_words(self._shelf):
             self._shelf.remove_shared(self._draft_name)
+
+    def _path(self, name: str) -> str:
+        return f"{SHARDS}/{self._draft_name}/{name}"

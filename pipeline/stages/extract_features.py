@@ -90,15 +90,10 @@ def extract_features(
     shuffled = parse_shuffled(config.encoder)
     if shuffled is not None:
         return _shuffle(store, source, config, shuffled, reporter=reporter, force=force)
-    info = describe_encoder(config.encoder)
-    if config.modality not in info.modalities:
-        raise ConfigError(
-            f"{config.encoder} encodes {' and '.join(info.modalities)}, not {config.modality}; "
-            "choose another modality or another encoder (`tandem encoders`)."
-        )
+    info = describe_for(config)
     if info.family == "precomputed":
         return _join_precomputed(store, source, catalogue, config, info, force=force)
-    identity = _identity(catalogue, config, info)
+    identity = features_identity(catalogue, config, info)
 
     def make(draft: Draft) -> None:
         encoder, fitted = _open_encoder(config, catalogue)
@@ -108,7 +103,7 @@ def extract_features(
         if config.extraction.precision == "auto":
             reporter.say(f"  {probed.reason}")
         recipe = recipe_digest(encoder.info, config.modality, extraction)
-        known = None if force and not retry_failed else _known_vectors(store, recipe)
+        known = None if force and not retry_failed else known_vectors(store, recipe)
         with reporter.progress(f"{config.encoder} {config.modality}") as progress:
             report = extract(
                 encoder,
@@ -123,15 +118,15 @@ def extract_features(
             )
         facts = json.loads(json.dumps(asdict(report)))
         draft.record(
-            **facts, **fitted, recipe=recipe, precision_probe=asdict(probed), summary=_summary(facts)
+            **facts, **fitted, recipe=recipe, precision_probe=asdict(probed), summary=summary_of(facts)
         )
 
     outcome = store.produce(
         "features",
-        slug=_slug(config, info),
+        slug=features_slug(config, info),
         identity=identity,
         inputs=[source.as_input("catalogue")],
-        parameters=_parameters(config, info),
+        parameters=shown_parameters(config, info),
         make=make,
         resumable=True,
         force=force or retry_failed,
@@ -139,7 +134,25 @@ def extract_features(
     return StageResult.of(outcome)
 
 
-def _identity(catalogue: Catalogue, config: FeaturesConfig, info: EncoderInfo) -> dict[str, JsonValue]:
+def describe_for(config: FeaturesConfig) -> EncoderInfo:
+    """What is known of an encoder before it is loaded.
+
+    Raises:
+        EncoderError: It cannot be what its specification says.
+        ConfigError: It has no such modality.
+    """
+    info = describe_encoder(config.encoder)
+    if config.modality not in info.modalities:
+        raise ConfigError(
+            f"{config.encoder} encodes {' and '.join(info.modalities)}, not {config.modality}; "
+            "choose another modality or another encoder (`tandem encoders`)."
+        )
+    return info
+
+
+def features_identity(
+    catalogue: Catalogue, config: FeaturesConfig, info: EncoderInfo
+) -> dict[str, JsonValue]:
     """All that can change the vectors. Not the dataset's key: another split of the same items shares them."""
     precision = precision_in_key(config.extraction.precision, torch.device(choose_device(config.device)))
     return {
@@ -161,7 +174,7 @@ def restore_encoder(store: Store, features: Artefact) -> Encoder:
     config = FeaturesConfig.model_validate(
         {name: shown[name] for name in ("encoder", "modality", "text", "extraction")} | {"device": "cpu"}
     )
-    if not _is_fitted(config.encoder):
+    if not is_fitted(config.encoder):
         return load_encoder(config.encoder)
     reference = next(source for source in features.manifest.inputs if source.kind == "dataset")
     dataset = store.find("dataset", reference.key)
@@ -175,7 +188,7 @@ def restore_encoder(store: Store, features: Artefact) -> Encoder:
 
 def _open_encoder(config: FeaturesConfig, catalogue: Catalogue) -> tuple[Encoder, dict[str, JsonValue]]:
     """The encoder on its device, fitted first where it needs that, and what fitting it gave."""
-    if not _is_fitted(config.encoder):
+    if not is_fitted(config.encoder):
         return load_encoder(config.encoder, device=choose_device(config.device)), {}
     plain, unit_length = plain_spec(config.encoder)
     texts = [text for text in catalogue.texts(config.text) if text]
@@ -187,7 +200,7 @@ def _open_encoder(config: FeaturesConfig, catalogue: Catalogue) -> tuple[Encoder
     return fitted, facts
 
 
-def _is_fitted(spec: str) -> bool:
+def is_fitted(spec: str) -> bool:
     """Whether an encoder is fitted on the catalogue that it encodes."""
     return plain_spec(spec)[0].partition("+")[0] == TFIDF
 
@@ -227,25 +240,25 @@ def _join_precomputed(
         )
         facts: dict[str, JsonValue] = json.loads(json.dumps(asdict(counts)))
         draft.record(**facts, rows=len(catalogue), dim=info.dims[config.modality])
-        draft.record(summary={**_summary(facts), "unused": counts.unused})
+        draft.record(summary={**summary_of(facts), "unused": counts.unused})
 
     outcome = store.produce(
         "features",
-        slug=_slug(config, info),
+        slug=features_slug(config, info),
         identity={
             "precomputed": {"files": info.weights_sha256, "reading": info.preprocessing_sha256},
             "items": digest_json({"item_ids": list(catalogue.item_ids)}),
             "modality": config.modality,
         },
         inputs=[source.as_input("catalogue")],
-        parameters=_parameters(config, info),
+        parameters=shown_parameters(config, info),
         make=make,
         force=force,
     )
     return StageResult.of(outcome)
 
 
-def _known_vectors(store: Store, recipe: str) -> KnownVectors | None:
+def known_vectors(store: Store, recipe: str) -> KnownVectors | None:
     """What earlier artefacts of the same recipe hold, by content."""
     earlier = [a for a in store.list("features") if a.manifest.facts.get("recipe") == recipe]
     paths = [path for artefact in earlier for path in artefact.paths("part-*.parquet")]
@@ -315,17 +328,18 @@ def _shuffle(
 
     outcome = store.produce(
         "features",
-        slug=_slug(config, info),
+        slug=features_slug(config, info),
         identity={"shuffled": plain.key, "seed": shuffled.seed},
         inputs=[plain.as_input("rows")],
-        parameters=_parameters(config, info),
+        parameters=shown_parameters(config, info),
         make=make,
         force=force,
     )
     return StageResult.of(outcome)
 
 
-def _parameters(config: FeaturesConfig, info: EncoderInfo) -> dict[str, JsonValue]:
+def shown_parameters(config: FeaturesConfig, info: EncoderInfo) -> dict[str, JsonValue]:
+    """What the manifest shows of the settings."""
     return {
         **config.model_dump(mode="json", exclude={"device"}),
         "label": encoder_label(config.encoder, info),
@@ -348,7 +362,8 @@ def encoder_label(spec: str, info: EncoderInfo) -> str:
     return f"{info.family}-{name}" if name.startswith(("random", "constant", "shuffled")) else name
 
 
-def _slug(config: FeaturesConfig, info: EncoderInfo) -> str:
+def features_slug(config: FeaturesConfig, info: EncoderInfo) -> str:
+    """The readable part of the artefact's name."""
     return f"{encoder_label(config.encoder, info)}-{config.modality}"
 
 
@@ -357,7 +372,7 @@ def _status_counts(counts: list[tuple[str, int]]) -> dict[str, JsonValue]:
     return {f"n_{status}": int(by_status.get(status, 0)) for status in ("ok", "missing", "unreadable")}
 
 
-def _summary(facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def summary_of(facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """The numbers a person wants first."""
     names = {"n_ok": "ok", "n_missing": "missing", "n_unreadable": "unreadable", "items_per_s": "items/s"}
     return {short: facts[name] for name, short in names.items() if name in facts}

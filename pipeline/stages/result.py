@@ -23,8 +23,17 @@ class StageResult:
     @classmethod
     def of(cls, outcome: Outcome) -> StageResult:
         """Take the headline numbers from the manifest, so that a reused artefact shows the same ones."""
-        summary = outcome.artefact.manifest.facts.get("summary", {})
-        return cls(outcome.artefact, outcome.reused, dict(summary) if isinstance(summary, dict) else {})
+        return cls._of(outcome.artefact, reused=outcome.reused)
+
+    @classmethod
+    def reusing(cls, artefact: Artefact) -> StageResult:
+        """Say that the store had an artefact already."""
+        return cls._of(artefact, reused=True)
+
+    @classmethod
+    def _of(cls, artefact: Artefact, *, reused: bool) -> StageResult:
+        summary = artefact.manifest.facts.get("summary", {})
+        return cls(artefact, reused, dict(summary) if isinstance(summary, dict) else {})
 
     def to_json(self) -> dict[str, JsonValue]:
         """What ``--json`` prints of a stage."""

@@ -284,7 +284,8 @@ def test_what_is_left_open_is_settled_once(tmp_path: Path, catalogue: Catalogue)
     assert settled.precision == "float32"
     assert "no weights" in settled.reason
     assert Settled.model_validate_json(settled.model_dump_json()) == settled
-    assert settle(SmallEncoder(), catalogue, "image", SMALL).reason == ""
+    assert settled.probed.taken == "float32"
+    assert settle(SmallEncoder(), catalogue, "image", SMALL).reason == "float32, as asked for"
     with pytest.raises(ValueError, match="are not settled"):
         put_together(tmp_path, catalogue, 2, config=config)
     applied = settled.applied_to(config)
@@ -293,7 +294,7 @@ def test_what_is_left_open_is_settled_once(tmp_path: Path, catalogue: Catalogue)
         one_shard(tmp_path, catalogue, shard, config=applied)
     report = put_together(tmp_path, catalogue, 2, config=applied, settled=settled)
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
-    assert report.notes == (settled.reason,)
+    assert report.batch_size == settled.batch_size
 
 
 def test_each_whole_block_and_the_progress_are_told(tmp_path: Path, catalogue: Catalogue) -> None:
