@@ -16,6 +16,7 @@ from recommenders.models.base import Recommender
 from recommenders.models.bpr_mf import BprMf, BprMfConfig
 from recommenders.models.ease import Ease, EaseConfig
 from recommenders.models.item_knn import ItemKnn, ItemKnnConfig, ItemKnnContent, ItemKnnContentConfig
+from recommenders.models.layergcn import LayerGcn, LayerGcnConfig
 from recommenders.models.lightgcn import LightGcn, LightGcnConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
 from recommenders.models.random_scores import RandomScores, RandomScoresConfig
@@ -41,6 +42,7 @@ MODELS: dict[str, ModelEntry] = {
     "itemknn_content": ModelEntry(ItemKnnContentConfig, ItemKnnContent),
     "bpr": ModelEntry(BprMfConfig, BprMf),
     "lightgcn": ModelEntry(LightGcnConfig, LightGcn),
+    "layergcn": ModelEntry(LayerGcnConfig, LayerGcn),
     "vbpr": ModelEntry(VbprConfig, Vbpr),
 }
 

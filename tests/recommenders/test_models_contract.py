@@ -31,6 +31,7 @@ SMALL: dict[str, dict[str, int]] = {
     "itemknn_content": {"k": 3},
     "bpr": {"dim": 4},
     "lightgcn": {"dim": 4},
+    "layergcn": {"dim": 4},
     "vbpr": {"dim": 4, "content_dim": 3},
 }
 NAMES = sorted(MODELS)
