@@ -21,7 +21,9 @@ from features.encoders.vlmo.config import VARIANTS, VlmoConfig
 from features.encoders.vlmo.losses import draw_negatives, matching_loss
 from features.encoders.vlmo.model import Vlmo
 from features.encoders.vlmo.weights import load_vlmo
+from features.encoders.word_pieces import WordPieceTokenizer
 from features.errors import EncoderError
+from features.texts import clean_text
 from tests.features.small_vlmo import WORDS, checkpoint, layout, write_vocabulary
 
 SMALL = VlmoConfig(
@@ -342,3 +344,35 @@ def test_a_fresh_model_starts_as_published() -> None:
     assert 0.015 < float(weight.std()) < 0.025
     assert model.get_parameter("transformer.blocks.0.norm1.weight").unique().tolist() == [1.0]
     assert model.get_parameter("transformer.blocks.0.gamma_1").tolist() == pytest.approx([0.1] * 32)
+
+
+def test_word_pieces_are_those_of_the_library_s_bert(tmp_path: Path) -> None:
+    from transformers import BertTokenizer
+
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789", *"!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~"]
+    pieces = [
+        *WORDS,
+        *letters,
+        *(f"##{letter}" for letter in letters),
+        "quot",
+        "amp",
+        "’",
+        "“",
+        "é",
+        "ca",
+        "##fe",
+    ]
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(dict.fromkeys(pieces)), encoding="utf-8")
+    library = BertTokenizer(str(path), do_lower_case=True)
+    texts = [
+        "10&quot; red &amp; BLUE bags",
+        "“curly” it’s CAFÉ café",
+        "😀 a [MASK] b",
+        "",
+        "x" * 300,
+        "a red bag " * 99,
+    ]
+    texts += [clean_text(text) for text in texts]
+    expected = library(texts, truncation=True, max_length=40)["input_ids"]
+    assert WordPieceTokenizer(str(path), 40)(texts) == expected
