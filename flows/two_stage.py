@@ -17,6 +17,7 @@ from flows.compare_features import compare_features_flow
 from flows.extract_features import extract_features_flow
 from flows.prepare_dataset import prepare_dataset_flow
 from flows.reporting import TERMINAL, artifact_key, markdown_table, name_run, short
+from flows.shards import ALONE, Sharing
 from flows.tasks import CACHED, failed, store_address, value_of
 from flows.train_recommender import train_recommender_flow
 from pipeline.comparison.config import ComparisonConfig
@@ -35,7 +36,7 @@ DEFAULTS = RunConfig()
 
 @flow(name=NAME, flow_run_name="{config.name}", persist_result=False)
 def two_stage_flow(
-    config: RunConfig = DEFAULTS, *, store: str = "", force: bool = False
+    config: RunConfig = DEFAULTS, *, store: str = "", force: bool = False, sharing: Sharing = ALONE
 ) -> State[TwoStageResult]:
     """Run a whole configuration: dataset, features, indexes, recommenders, comparison; what exists is reused.
 
@@ -43,10 +44,11 @@ def two_stage_flow(
         config: The dataset, the feature sets to compare, and the recommenders that read them.
         store: Folder or address of the store; empty for the one that `tandem up` was started with.
         force: Make every artefact again although the store has it.
+        sharing: In how many shares, and by how many workers, pictures and texts are encoded.
     """
     try:
         opened = Store(store_address(store))
-        stages = SubflowStages(opened, store_address(store), force=force)
+        stages = SubflowStages(opened, store_address(store), force=force, sharing=sharing)
         result = run_two_stage(config, stages, lambda stage: TERMINAL.get().say(stage.line()))
         if result.comparison is not None:
             opened.name(config.name, result.comparison.artefact)
@@ -66,6 +68,7 @@ class SubflowStages:
     store: Store
     address: str
     force: bool = False
+    sharing: Sharing = ALONE
 
     def prepare(self, config: DatasetConfig) -> StageResult:
         """Import, filter and split."""
@@ -73,7 +76,7 @@ class SubflowStages:
 
     def extract(self, dataset: str, config: FeaturesConfig) -> StageResult:
         """Encode one modality with one encoder."""
-        return self._run(extract_features_flow, dataset=dataset, config=config)
+        return self._run(extract_features_flow, dataset=dataset, config=config, sharing=self.sharing)
 
     def index(self, source: str, config: IndexConfig) -> StageResult:
         """Index one feature artefact."""
