@@ -1,6 +1,8 @@
-"""Losses shared by the models: pairwise ranking and L2, on tensors."""
+"""Losses shared by the models: pairwise ranking, contrast within a batch, and L2, on tensors."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,3 +48,47 @@ def half_squared_norm(*tensors: Tensor) -> Tensor:
     that gradient, ``lambda * theta``; half a square is the penalty it belongs to.
     """
     return 0.5 * torch.stack([tensor.square().sum() for tensor in tensors]).sum()
+
+
+def info_nce(anchors: Tensor, others: Tensor, temperature: float) -> Tensor:
+    """Return the mean over rows b of -ln (exp(a_b . o_b / t) / sum over c of exp(a_b . o_c / t)).
+
+    Args:
+        anchors: (B, D); callers that mean cosines hand in rows of length 1.
+        others: (C, D), C >= B: row b belongs with ``anchors[b]``, all rows beside it are its negatives.
+        temperature: t.
+
+    Source: van den Oord et al., "Representation learning with contrastive predictive coding", 2018, eq. 4.
+    """
+    result: Tensor = _InfoNce.apply(anchors, others, temperature)
+    return result
+
+
+class _InfoNce(torch.autograd.Function):
+    """The softmax of the (B, C) products gives both gradients, so that nothing of that size is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, others: Tensor, temperature: float) -> Tensor:
+        n_rows = len(anchors)
+        scale = 1 / (n_rows * temperature)
+        products = anchors @ others.T / temperature
+        products -= products.amax(dim=1, keepdim=True)
+        own = products.diagonal().clone()
+        shares = products.exp_()
+        totals = shares.sum(dim=1)
+        loss = (totals.log() - own).mean()
+        shares /= totals.unsqueeze(1)
+        to_anchors = scale * (shares @ others - others[:n_rows]) if ctx.needs_input_grad[0] else None
+        to_others = None
+        if ctx.needs_input_grad[1]:
+            to_others = shares.T @ anchors
+            to_others[:n_rows] -= anchors
+            to_others *= scale
+        ctx.gradients = (to_anchors, to_others)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        to_anchors, to_others = (part if part is None else gradients[0] * part for part in ctx.gradients)
+        return to_anchors, to_others, None

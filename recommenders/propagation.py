@@ -102,7 +102,8 @@ class _BipartiteProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, *sides: Tensor) -> Tensor:
         ctx.sides = sides
-        return bag_sums(*sides[:3], table.contiguous())
+        columns, starts, weights, *_ = sides
+        return bag_sums(columns, starts, weights, table.contiguous())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

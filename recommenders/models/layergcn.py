@@ -77,14 +77,15 @@ class LayerGcn(Recommender):
         """Propagate and refine over the epoch's graph while training, else over the whole one."""
         pruned = self._pruned if self.training else None
         adjacency = self.adjacency if pruned is None else pruned
-        layer, layers = self.embeddings, []
+        layer: Tensor = self.embeddings
+        layers: list[Tensor] = []
         for _ in range(self.n_layers):
             layer = symmetric_product(adjacency, layer)
             likeness = cosine_similarity(layer, self.embeddings, dim=1)
             layer = (likeness + _EPSILON).unsqueeze(1) * layer
             layers.append(layer)
-        users, items = torch.stack(layers).sum(dim=0).split([self.n_users, self.n_items])
-        return users, items
+        total = torch.stack(layers).sum(dim=0)
+        return total[: self.n_users], total[self.n_users :]
 
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:

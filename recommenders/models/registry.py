@@ -13,6 +13,7 @@ from recommenders.errors import RecommenderError
 from recommenders.feature_input import FeatureTable
 from recommenders.interactions import Interactions
 from recommenders.models.base import Recommender
+from recommenders.models.bm3 import Bm3, Bm3Config
 from recommenders.models.bpr_mf import BprMf, BprMfConfig
 from recommenders.models.ease import Ease, EaseConfig
 from recommenders.models.item_knn import ItemKnn, ItemKnnConfig, ItemKnnContent, ItemKnnContentConfig
@@ -44,6 +45,7 @@ MODELS: dict[str, ModelEntry] = {
     "lightgcn": ModelEntry(LightGcnConfig, LightGcn),
     "layergcn": ModelEntry(LayerGcnConfig, LayerGcn),
     "vbpr": ModelEntry(VbprConfig, Vbpr),
+    "bm3": ModelEntry(Bm3Config, Bm3),
 }
 
 

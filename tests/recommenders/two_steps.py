@@ -27,6 +27,16 @@ def tiny_world(*modalities: str) -> World:
     return World(world.interactions, world.split, FeatureTable(vectors, present))
 
 
+def tables_of(world: World) -> dict[str, np.ndarray]:
+    """Return the features in float64, by modality."""
+    return {name: table.double().numpy() for name, table in world.features.vectors.items()}
+
+
+def masks_of(world: World) -> dict[str, np.ndarray]:
+    """Return which items have each modality."""
+    return {name: mask.numpy() for name, mask in world.features.present.items()}
+
+
 def assert_two_steps_match(
     model: Recommender,
     world: World,
