@@ -16,9 +16,12 @@ from recommenders.models.base import Recommender
 from recommenders.models.bm3 import Bm3, Bm3Config
 from recommenders.models.bpr_mf import BprMf, BprMfConfig
 from recommenders.models.ease import Ease, EaseConfig
+from recommenders.models.freedom import Freedom, FreedomConfig
 from recommenders.models.item_knn import ItemKnn, ItemKnnConfig, ItemKnnContent, ItemKnnContentConfig
+from recommenders.models.lattice import Lattice, LatticeConfig
 from recommenders.models.layergcn import LayerGcn, LayerGcnConfig
 from recommenders.models.lightgcn import LightGcn, LightGcnConfig
+from recommenders.models.mmgcn import Mmgcn, MmgcnConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
 from recommenders.models.random_scores import RandomScores, RandomScoresConfig
 from recommenders.models.vbpr import Vbpr, VbprConfig
@@ -46,6 +49,9 @@ MODELS: dict[str, ModelEntry] = {
     "layergcn": ModelEntry(LayerGcnConfig, LayerGcn),
     "vbpr": ModelEntry(VbprConfig, Vbpr),
     "bm3": ModelEntry(Bm3Config, Bm3),
+    "mmgcn": ModelEntry(MmgcnConfig, Mmgcn),
+    "lattice": ModelEntry(LatticeConfig, Lattice),
+    "freedom": ModelEntry(FreedomConfig, Freedom),
 }
 
 
