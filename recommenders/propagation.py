@@ -113,25 +113,28 @@ class _BipartiteProduct(torch.autograd.Function):
 
 
 class KeptFor(Generic[Kept]):
-    """What was last made from a feature table, made anew for another table.
+    """What was made from a feature table, made anew for another table.
 
     While rows are live, as in joint training, where the table is another in every batch, it stays as it is
-    until ``refresh``.
+    until ``refresh``. A measurement on another table leaves no trace in the training.
     """
 
-    def __init__(self, make: Callable[[FeatureTable], Kept]) -> None:
+    def __init__(self, make: Callable[[FeatureTable], Kept], features: FeatureTable) -> None:
         self._make = make
-        self._kept: tuple[SeenFeatures, Kept] | None = None
+        self.refresh(features)
 
-    def of(self, features: FeatureTable) -> Kept:
+    def of(self, features: FeatureTable, *, training: bool) -> Kept:
         """Return what belongs to these features."""
-        if self._kept is None or not (are_live(features) or self._kept[0].are(features)):
-            return self.refresh(features)
-        return self._kept[1]
+        if self._seen.are(features) or (training and are_live(features)):
+            return self._kept
+        if training:
+            self.refresh(features)
+            return self._kept
+        with torch.no_grad():
+            return self._make(features)
 
-    def refresh(self, features: FeatureTable) -> Kept:
+    def refresh(self, features: FeatureTable) -> None:
         """Make it anew from these features."""
         with torch.no_grad():
-            made = self._make(features)
-        self._kept = (SeenFeatures(features), made)
-        return made
+            self._kept = self._make(features)
+        self._seen = SeenFeatures(features)

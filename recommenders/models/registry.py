@@ -21,6 +21,7 @@ from recommenders.models.item_knn import ItemKnn, ItemKnnConfig, ItemKnnContent,
 from recommenders.models.lattice import Lattice, LatticeConfig
 from recommenders.models.layergcn import LayerGcn, LayerGcnConfig
 from recommenders.models.lightgcn import LightGcn, LightGcnConfig
+from recommenders.models.mgcn import Mgcn, MgcnConfig
 from recommenders.models.mmgcn import Mmgcn, MmgcnConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
 from recommenders.models.random_scores import RandomScores, RandomScoresConfig
@@ -48,6 +49,7 @@ MODELS: dict[str, ModelEntry] = {
     "lightgcn": ModelEntry(LightGcnConfig, LightGcn),
     "layergcn": ModelEntry(LayerGcnConfig, LayerGcn),
     "vbpr": ModelEntry(VbprConfig, Vbpr),
+    "mgcn": ModelEntry(MgcnConfig, Mgcn),
     "bm3": ModelEntry(Bm3Config, Bm3),
     "mmgcn": ModelEntry(MmgcnConfig, Mmgcn),
     "lattice": ModelEntry(LatticeConfig, Lattice),
