@@ -21,6 +21,7 @@ from recommenders.graphs import csr_tensor, user_item_adjacency
 from recommenders.interactions import Interactions
 from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
+from recommenders.models.layers import Affine
 from recommenders.propagation import symmetric_product
 from recommenders.sampling import Batch
 
@@ -129,8 +130,7 @@ class _Network(nn.Module):
         super().__init__()
         self.config = config
         self.preferences = xavier_uniform(rng, n_users, config.latent_dim)  # u_m
-        self.projection = xavier_uniform(rng, width, config.latent_dim)
-        self.projection_bias = nn.Parameter(torch.zeros(config.latent_dim))
+        self.projection = Affine(rng, width, config.latent_dim)
         self.w1, self.w2, self.w3 = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         self.b2, self.b3 = nn.ParameterList(), nn.ParameterList()
         joined = 2 * config.dim if config.combination == "concatenation" else config.dim
@@ -146,8 +146,7 @@ class _Network(nn.Module):
         self, vectors: Tensor, ids: Tensor, mean_of_neighbours: Callable[[Tensor], Tensor], nodes: Tensor
     ) -> Tensor:
         """Return the last layer of R nodes, (R, D), from (I, F) vectors and (U + I, D) ids of all."""
-        projected = torch.addmm(self.projection_bias, vectors.to(self.projection.dtype), self.projection)
-        x = torch.cat([self.preferences, projected])
+        x = torch.cat([self.preferences, self.projection(vectors)])
         if self.config.normalise_inputs:
             x = normalize(x, dim=1)
         for layer in range(self.config.n_layers):

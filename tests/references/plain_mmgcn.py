@@ -29,7 +29,7 @@ def embeddings(
     total = 0.0
     for name, vectors in features.items():
         own = {key.removeprefix(f"networks.{name}."): value for key, value in p.items()}
-        x = np.concatenate([own["preferences"], vectors @ own["projection"] + own["projection_bias"]])
+        x = np.concatenate([own["preferences"], vectors @ own["projection.weight"] + own["projection.bias"]])
         x = unit(x)
         for layer in range(n_layers):
             h = leaky(mean @ x @ own[f"w1.{layer}"])

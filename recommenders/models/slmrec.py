@@ -1,0 +1,164 @@
+"""SLMRec: users and items from ids and modalities, and what an item's modalities tell about each other.
+
+Source: Tao, Liu, Xia, Wang, Yang, Huang and Chua, "Self-supervised learning for multimedia recommendation",
+IEEE Transactions on Multimedia 25, 2022.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from typing_extensions import override
+
+from recommenders.feature_input import FeatureTable
+from recommenders.graphs import user_item_adjacency
+from recommenders.interactions import Interactions
+from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
+from recommenders.models.base import Recommender, batch_items, rows_of
+from recommenders.models.layers import Affine
+from recommenders.models.modality_encoder import ModalityEncoder
+from recommenders.sampling import Batch
+
+
+class SlmrecConfig(BaseModel, frozen=True, extra="forbid"):
+    """Settings of SLMRec; defaults as in the authors' configuration."""
+
+    dim: PositiveInt = Field(64, description="Length of a user's and an item's embedding, and of each part.")
+    n_layers: PositiveInt = Field(3, description="Times embeddings are propagated between users and items.")
+    main_loss: Literal["infonce", "bpr"] = Field(
+        "infonce",
+        description="Ranking loss: the other positives of a batch as negatives, or drawn negatives.",
+    )
+    temperature: PositiveFloat = Field(0.2, description="Temperature of the ranking loss infonce.")
+    task: Literal["fac", "fd", "fm", "fd+fm"] = Field(
+        "fac",
+        description="What is contrasted: fine and coarse spaces of modalities, or two views of users and "
+        "items by feature dropout, feature masking, or both.",
+    )
+    ssl_weight: NonNegativeFloat = Field(
+        0.1, description="Weight of the contrast; tried: 0.01, 0.05, 0.1, 0.5, 1."
+    )
+    ssl_temperature: PositiveFloat = Field(
+        0.2, description="Temperature of the contrast; tried: 0.1, 0.2, 0.5, 1."
+    )
+    cosine: bool = Field(
+        True,
+        description="Compare fine and coarse by cosine; false: by inner product, as the authors' code does.",
+    )
+    dropout: float = Field(0.3, ge=0, lt=1, description="Share of numbers that feature dropout removes.")
+    l2: NonNegativeFloat = Field(
+        1e-4, description="Weight of the squared length of the id embeddings in a batch."
+    )
+
+
+class Slmrec(Recommender):
+    """x_ui = z_u . z_i, z a linear layer on the id part and one part per modality, each from LightGCN.
+
+    Loss: ranking, plus ssl_weight times a contrast (InfoNCE), plus L2 on the ids of the batch's rows.
+
+    - fac, "fine and coarse": the items' id part is mapped to a first space, where it is to tell the first
+      modality's part of the same item from other items'; from there to a second space for the second
+      modality, and so on, so that each space holds what the modalities before it share.
+    - fd, fm: two views of users and items, with numbers of the projected features dropped out, or with one
+      input (the ids or a modality) of the items set to zero, another one in each view.
+
+    The batch's distinct items (and users) are contrasted, each once; the authors' code leaves repeated ones
+    in as negatives of themselves. All spaces have D dimensions; in their code the last has half of that.
+    Their feature dropout is after each propagation, here it is on the features it is named for. They train
+    ranking on cosines and rank by inner products, which is kept. How rows of features are scaled is not the
+    model's affair: length 1 is what the authors use.
+    """
+
+    needs_features = True
+    adjacency: Tensor
+
+    def __init__(
+        self, train: Interactions, features: FeatureTable, config: SlmrecConfig, rng: np.random.Generator
+    ) -> None:
+        super().__init__(train, features, config, rng)
+        self.config = config
+        self.encoder = ModalityEncoder(self.n_users, self.n_items, features, config.dim, rng)
+        self.to_coarse, self.to_fine = nn.ModuleList(), nn.ModuleList()
+        if config.task == "fac":
+            for _ in features.modalities:
+                self.to_coarse.append(Affine(rng, config.dim, config.dim))
+                self.to_fine.append(Affine(rng, config.dim, config.dim))
+        self.register_buffer("adjacency", user_item_adjacency(train), persistent=False)
+
+    @override
+    def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
+        """Propagate the parts over the whole graph and read them out."""
+        users, items = self._propagate(self.encoder.inputs(features))
+        return self.encoder.read_users(users), self.encoder.read_items(items)
+
+    @override
+    def loss(self, batch: Batch, features: FeatureTable) -> Tensor:
+        """Return ranking plus contrast plus L2, reading out the batch's rows only."""
+        inputs = self.encoder.inputs(features)
+        user_parts, item_parts = self._propagate(inputs)
+        loss = self._ranking(batch, user_parts, item_parts)
+        if self.config.ssl_weight:
+            items = torch.unique(batch.positives)
+            if self.config.task == "fac":
+                contrast = self._fine_and_coarse(rows_of(item_parts, items))
+            else:
+                contrast = self._two_views(torch.unique(batch.users), items, inputs)
+            loss = loss + self.config.ssl_weight * contrast
+        own = [rows_of(self.encoder.users, batch.users), rows_of(self.encoder.items, self._items(batch))]
+        return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
+
+    def _propagate(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.encoder.propagate(self.adjacency, inputs, self.config.n_layers)
+
+    def _items(self, batch: Batch) -> Tensor:
+        """Return the (B, K) items that the ranking loss scores."""
+        return batch_items(batch) if self.config.main_loss == "bpr" else batch.positives.unsqueeze(1)
+
+    def _ranking(self, batch: Batch, user_parts: Tensor, item_parts: Tensor) -> Tensor:
+        users = self.encoder.read_users(rows_of(user_parts, batch.users))
+        items = self.encoder.read_items(rows_of(item_parts, self._items(batch)))
+        if self.config.main_loss == "bpr":
+            return bpr_loss(pair_scores(users, items))
+        positives = items.squeeze(1)
+        return info_nce(normalize(users, dim=1), normalize(positives, dim=1), self.config.temperature)
+
+    def _fine_and_coarse(self, parts: Tensor) -> Tensor:
+        """Return the sum over modalities of the contrast of R items' parts, (R, T D)."""
+        coarse = self.encoder.part(parts, 0)
+        losses = []
+        for place, (to_coarse, to_fine) in enumerate(zip(self.to_coarse, self.to_fine, strict=True), start=1):
+            coarse = to_coarse(coarse)
+            fine = to_fine(self.encoder.part(parts, place))
+            if self.config.cosine:
+                one, other = normalize(coarse, dim=1), normalize(fine, dim=1)
+            else:
+                one, other = coarse, fine
+            losses.append(info_nce(one, other, self.config.ssl_temperature))
+        return torch.stack(losses).sum()
+
+    def _two_views(self, users: Tensor, items: Tensor, inputs: list[Tensor]) -> Tensor:
+        """Return the contrast of two views of users plus that of items."""
+        masked = torch.randperm(len(inputs))[:2].tolist() if "fm" in self.config.task else [-1, -1]
+        views = []
+        for left_out in masked:
+            tables = [self._dropped(table, place) for place, table in enumerate(inputs)]
+            if left_out >= 0:
+                tables[left_out] = torch.zeros_like(tables[left_out])
+            user_parts, item_parts = self._propagate(tables)
+            of_users = self.encoder.read_users(rows_of(user_parts, users))
+            of_items = self.encoder.read_items(rows_of(item_parts, items))
+            views.append((normalize(of_users, dim=1), normalize(of_items, dim=1)))
+        (users_1, items_1), (users_2, items_2) = views
+        temperature = self.config.ssl_temperature
+        return info_nce(users_1, users_2, temperature) + info_nce(items_1, items_2, temperature)
+
+    def _dropped(self, table: Tensor, place: int) -> Tensor:
+        """Return a modality's input with numbers dropped out where the task says so; ids stay."""
+        if place == 0 or "fd" not in self.config.task:
+            return table
+        return torch.dropout(table, self.config.dropout, train=True)
