@@ -25,6 +25,7 @@ from recommenders.models.mgcn import Mgcn, MgcnConfig
 from recommenders.models.mmgcn import Mmgcn, MmgcnConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
 from recommenders.models.random_scores import RandomScores, RandomScoresConfig
+from recommenders.models.smore import Smore, SmoreConfig
 from recommenders.models.vbpr import Vbpr, VbprConfig
 
 Setting = str | int | float | bool
@@ -50,6 +51,7 @@ MODELS: dict[str, ModelEntry] = {
     "layergcn": ModelEntry(LayerGcnConfig, LayerGcn),
     "vbpr": ModelEntry(VbprConfig, Vbpr),
     "mgcn": ModelEntry(MgcnConfig, Mgcn),
+    "smore": ModelEntry(SmoreConfig, Smore),
     "bm3": ModelEntry(Bm3Config, Bm3),
     "mmgcn": ModelEntry(MmgcnConfig, Mmgcn),
     "lattice": ModelEntry(LatticeConfig, Lattice),
