@@ -20,6 +20,7 @@ from recommenders.models.freedom import Freedom, FreedomConfig
 from recommenders.models.item_knn import ItemKnn, ItemKnnConfig, ItemKnnContent, ItemKnnContentConfig
 from recommenders.models.lattice import Lattice, LatticeConfig
 from recommenders.models.layergcn import LayerGcn, LayerGcnConfig
+from recommenders.models.lgmrec import LgmRec, LgmRecConfig
 from recommenders.models.lightgcn import LightGcn, LightGcnConfig
 from recommenders.models.mgcn import Mgcn, MgcnConfig
 from recommenders.models.mmgcn import Mmgcn, MmgcnConfig
@@ -52,6 +53,7 @@ MODELS: dict[str, ModelEntry] = {
     "vbpr": ModelEntry(VbprConfig, Vbpr),
     "mgcn": ModelEntry(MgcnConfig, Mgcn),
     "smore": ModelEntry(SmoreConfig, Smore),
+    "lgmrec": ModelEntry(LgmRecConfig, LgmRec),
     "bm3": ModelEntry(Bm3Config, Bm3),
     "mmgcn": ModelEntry(MmgcnConfig, Mmgcn),
     "lattice": ModelEntry(LatticeConfig, Lattice),

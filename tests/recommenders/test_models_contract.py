@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, int]] = {
     "layergcn": {"dim": 4},
     "vbpr": {"dim": 4, "content_dim": 3},
     "bm3": {"dim": 4},
+    "lgmrec": {"dim": 4, "n_hyperedges": 3},
     "smore": {"dim": 4, "k": 4},
     "mgcn": {"dim": 4, "k": 4},
     "mmgcn": {"dim": 4, "latent_dim": 5},
