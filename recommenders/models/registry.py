@@ -15,6 +15,8 @@ from recommenders.interactions import Interactions
 from recommenders.models.base import Recommender
 from recommenders.models.bm3 import Bm3, Bm3Config
 from recommenders.models.bpr_mf import BprMf, BprMfConfig
+from recommenders.models.dragon import Dragon, DragonConfig
+from recommenders.models.dualgnn import DualGnn, DualGnnConfig
 from recommenders.models.ease import Ease, EaseConfig
 from recommenders.models.freedom import Freedom, FreedomConfig
 from recommenders.models.item_knn import ItemKnn, ItemKnnConfig, ItemKnnContent, ItemKnnContentConfig
@@ -54,6 +56,8 @@ MODELS: dict[str, ModelEntry] = {
     "mgcn": ModelEntry(MgcnConfig, Mgcn),
     "smore": ModelEntry(SmoreConfig, Smore),
     "lgmrec": ModelEntry(LgmRecConfig, LgmRec),
+    "dualgnn": ModelEntry(DualGnnConfig, DualGnn),
+    "dragon": ModelEntry(DragonConfig, Dragon),
     "bm3": ModelEntry(Bm3Config, Bm3),
     "mmgcn": ModelEntry(MmgcnConfig, Mmgcn),
     "lattice": ModelEntry(LatticeConfig, Lattice),

@@ -34,6 +34,8 @@ SMALL: dict[str, dict[str, int]] = {
     "layergcn": {"dim": 4},
     "vbpr": {"dim": 4, "content_dim": 3},
     "bm3": {"dim": 4},
+    "dragon": {"dim": 4, "hidden_dim": 5, "k": 4},
+    "dualgnn": {"dim": 4, "hidden_dim": 5},
     "lgmrec": {"dim": 4, "n_hyperedges": 3},
     "smore": {"dim": 4, "k": 4},
     "mgcn": {"dim": 4, "k": 4},
