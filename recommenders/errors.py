@@ -11,3 +11,7 @@ class SplitError(RecommenderError):
 
 class TrainingError(RecommenderError):
     """Training cannot start or go on: missing features, a loss that is not a number, a foreign checkpoint."""
+
+
+class SearchError(RecommenderError):
+    """Settings cannot be searched as asked: a range of nothing, or no trial that could be finished."""

@@ -92,6 +92,7 @@ def train(
     rng: np.random.Generator,
     checkpoint_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[HistoryRow], bool] | None = None,
 ) -> TrainingResult:
     """Train until validation stops improving, and leave the model at its best epoch.
 
@@ -109,6 +110,7 @@ def train(
         rng: Source of the order of pairs, the negatives and what a model draws itself.
         checkpoint_folder: Where to keep the checkpoint; the caller deletes it (``delete_checkpoint``).
         progress: Called with epochs done and ``config.epochs`` after each epoch.
+        watch: Called with each epoch's row, first with those of a checkpoint; True ends the training there.
 
     Raises:
         TrainingError: No pairs to train or validate on, a monitor that is not measured, a loss that is not
@@ -123,13 +125,16 @@ def train(
     with loop.randomness():
         identity = loop.identity() if checkpoint_folder else {}
         resumed_after = loop.resume(checkpoint_folder, identity) if checkpoint_folder else 0
-        while loop.epoch < config.epochs and not loop.is_out_of_patience():
+        ended = watch is not None and any(watch(row) for row in loop.history)
+        while loop.epoch < config.epochs and not loop.is_out_of_patience() and not ended:
             loop.run_epoch()
             if checkpoint_folder:
                 loop.save(checkpoint_folder, identity)
             if progress:
                 progress(loop.epoch, config.epochs)
-    model.load_state_dict(loop.best_state)
+            ended = watch is not None and watch(loop.history[-1])
+    if loop.best_state:  # ended before the first evaluation, there is none
+        model.load_state_dict(loop.best_state)
     return TrainingResult(
         loop.history, loop.best_epoch, loop.epoch < config.epochs, resumed_after, loop.clock.seconds
     )

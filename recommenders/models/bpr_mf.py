@@ -16,7 +16,15 @@ from recommenders.feature_input import FeatureTable
 from recommenders.interactions import Interactions
 from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
+from recommenders.ranges import Range
 from recommenders.sampling import Batch
+
+SEARCH: dict[str, Range] = {
+    "l2": (2.0, 1.0, 0.1, 0.05, 0.01, 1e-3, 1e-4, 1e-5),
+    "training.learning_rate": (1e-4, 5e-4, 1e-3, 5e-3),
+}
+"""l2 as in MMRec's configuration, with the default below; the learning rate as for all models of Wang, He,
+Wang, Feng and Chua, "Neural graph collaborative filtering", SIGIR 2019, sec. 4.2.3."""
 
 
 class BprMfConfig(BaseModel, frozen=True, extra="forbid"):

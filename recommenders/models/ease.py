@@ -18,9 +18,14 @@ from recommenders.errors import RecommenderError
 from recommenders.feature_input import FeatureTable
 from recommenders.interactions import Float32Array, Interactions
 from recommenders.models.base import Recommender, Scorer
+from recommenders.ranges import Between, Range
 
 _BYTES_PER_CELL = 12
 """At the peak: the Gram matrix in float64, inverted in its own memory, and the weights in float32."""
+
+
+SEARCH: dict[str, Range] = {"l2": Between(low=10.0, high=10_000.0, log=True)}
+"""A power of ten and more on both sides of what Steck found (sec. 4.2)."""
 
 
 class EaseConfig(BaseModel, frozen=True, extra="forbid"):

@@ -28,6 +28,9 @@ from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
 from recommenders.sampling import Batch
 
+SEARCH = {"edge_dropout": (0.8, 0.9), "feature_weight": (0.0, 1e-5, 1e-4, 1e-3)}
+"""Sec. 4.1.4."""
+
 
 class FreedomConfig(BaseModel, frozen=True, extra="forbid"):
     """Settings of FREEDOM; defaults and ranges as in sec. 4.1.4 and the authors' configuration."""

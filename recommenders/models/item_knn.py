@@ -19,9 +19,15 @@ from recommenders.feature_input import FeatureTable
 from recommenders.graphs import cosine_neighbours
 from recommenders.interactions import Float32Array, Int64Array, Interactions
 from recommenders.models.base import Recommender, Scorer
+from recommenders.ranges import Between, Range
 
 _BLOCK_ITEMS = 4096
 """Items whose co-occurrences with all others, a sparse matrix, are held at once."""
+
+
+SEARCH: dict[str, Range] = {"k": Between(low=5, high=1000), "shrinkage": Between(low=0.0, high=1000.0)}
+SEARCH_CONTENT: dict[str, Range] = {"k": Between(low=5, high=1000)}
+"""Ferrari Dacrema et al., for both kinds of ItemKNN; content ItemKNN has no shrinkage here."""
 
 
 class ItemKnnConfig(BaseModel, frozen=True, extra="forbid"):

@@ -30,6 +30,12 @@ from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
 from recommenders.sampling import Batch
 
+SEARCH = {
+    "l2": (0.0, 1e-5, 1e-4, 1e-3),
+    "training.learning_rate": (1e-4, 5e-4, 1e-3, 5e-3),
+}
+"""Sec. 3.1.4."""
+
 
 class LatticeConfig(BaseModel, frozen=True, extra="forbid"):
     """Settings of LATTICE; defaults and ranges as in sec. 3.1.4 of the paper and the authors' code."""

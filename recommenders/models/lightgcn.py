@@ -16,7 +16,11 @@ from recommenders.graphs import mean_propagation, user_item_adjacency
 from recommenders.interactions import Interactions
 from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
+from recommenders.ranges import Range
 from recommenders.sampling import Batch
+
+SEARCH: dict[str, Range] = {"l2": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), "n_layers": (1, 2, 3, 4)}
+"""Sec. 4.1.2; the learning rate stays at 0.001 there."""
 
 
 class LightGcnConfig(BaseModel, frozen=True, extra="forbid"):

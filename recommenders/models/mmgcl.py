@@ -24,6 +24,10 @@ from recommenders.models.modality_encoder import ModalityEncoder
 from recommenders.sampling import Batch
 
 
+SEARCH = {"ssl_weight": (0.1, 0.2, 0.5, 1.0), "ssl_temperature": (0.1, 0.2, 0.5, 1.0)}
+"""Between the ends of what the paper tries, 0.1 to 1."""
+
+
 class MmgclConfig(BaseModel, frozen=True, extra="forbid"):
     """Settings of MMGCL; defaults and ranges as in sec. 4 of the paper and the authors' configuration."""
 

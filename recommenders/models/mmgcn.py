@@ -25,6 +25,9 @@ from recommenders.models.layers import Affine
 from recommenders.propagation import symmetric_product
 from recommenders.sampling import Batch
 
+SEARCH = {"n_layers": (1, 2, 3), "l2": (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}
+"""What the paper tries."""
+
 
 class MmgcnConfig(BaseModel, frozen=True, extra="forbid"):
     """Settings of MMGCN."""

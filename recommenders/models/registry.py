@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import numpy as np
@@ -12,6 +12,25 @@ from pydantic import BaseModel, ValidationError
 from recommenders.errors import RecommenderError
 from recommenders.feature_input import FeatureTable
 from recommenders.interactions import Interactions
+from recommenders.models import (
+    bm3,
+    bpr_mf,
+    dragon,
+    dualgnn,
+    ease,
+    freedom,
+    item_knn,
+    lattice,
+    layergcn,
+    lgmrec,
+    lightgcn,
+    mgcn,
+    mmgcl,
+    mmgcn,
+    slmrec,
+    smore,
+    vbpr,
+)
 from recommenders.models.base import Recommender
 from recommenders.models.bm3 import Bm3, Bm3Config
 from recommenders.models.bpr_mf import BprMf, BprMfConfig
@@ -25,11 +44,14 @@ from recommenders.models.layergcn import LayerGcn, LayerGcnConfig
 from recommenders.models.lgmrec import LgmRec, LgmRecConfig
 from recommenders.models.lightgcn import LightGcn, LightGcnConfig
 from recommenders.models.mgcn import Mgcn, MgcnConfig
+from recommenders.models.mmgcl import Mmgcl, MmgclConfig
 from recommenders.models.mmgcn import Mmgcn, MmgcnConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
 from recommenders.models.random_scores import RandomScores, RandomScoresConfig
+from recommenders.models.slmrec import Slmrec, SlmrecConfig
 from recommenders.models.smore import Smore, SmoreConfig
 from recommenders.models.vbpr import Vbpr, VbprConfig
+from recommenders.ranges import Range
 
 Setting = str | int | float | bool
 """What a setting's value may be as it comes from YAML or the command line."""
@@ -37,31 +59,36 @@ Setting = str | int | float | bool
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model and the type of its settings."""
+    """A model, the type of its settings, and the ranges in which they are searched."""
 
     config: type[BaseModel]
     model: type[Recommender]
+    search: Mapping[str, Range] = field(default_factory=dict)
+    """The model module's ``SEARCH``, where its source is named; nothing: there is nothing to search."""
 
 
 MODELS: dict[str, ModelEntry] = {
     "popularity": ModelEntry(PopularityConfig, Popularity),
     "random": ModelEntry(RandomScoresConfig, RandomScores),
-    "itemknn": ModelEntry(ItemKnnConfig, ItemKnn),
-    "ease": ModelEntry(EaseConfig, Ease),
-    "itemknn_content": ModelEntry(ItemKnnContentConfig, ItemKnnContent),
-    "bpr": ModelEntry(BprMfConfig, BprMf),
-    "lightgcn": ModelEntry(LightGcnConfig, LightGcn),
-    "layergcn": ModelEntry(LayerGcnConfig, LayerGcn),
-    "vbpr": ModelEntry(VbprConfig, Vbpr),
-    "mgcn": ModelEntry(MgcnConfig, Mgcn),
-    "smore": ModelEntry(SmoreConfig, Smore),
-    "lgmrec": ModelEntry(LgmRecConfig, LgmRec),
-    "dualgnn": ModelEntry(DualGnnConfig, DualGnn),
-    "dragon": ModelEntry(DragonConfig, Dragon),
-    "bm3": ModelEntry(Bm3Config, Bm3),
-    "mmgcn": ModelEntry(MmgcnConfig, Mmgcn),
-    "lattice": ModelEntry(LatticeConfig, Lattice),
-    "freedom": ModelEntry(FreedomConfig, Freedom),
+    "itemknn": ModelEntry(ItemKnnConfig, ItemKnn, item_knn.SEARCH),
+    "ease": ModelEntry(EaseConfig, Ease, ease.SEARCH),
+    "itemknn_content": ModelEntry(ItemKnnContentConfig, ItemKnnContent, item_knn.SEARCH_CONTENT),
+    "bpr": ModelEntry(BprMfConfig, BprMf, bpr_mf.SEARCH),
+    "lightgcn": ModelEntry(LightGcnConfig, LightGcn, lightgcn.SEARCH),
+    "layergcn": ModelEntry(LayerGcnConfig, LayerGcn, layergcn.SEARCH),
+    "vbpr": ModelEntry(VbprConfig, Vbpr, vbpr.SEARCH),
+    "mgcn": ModelEntry(MgcnConfig, Mgcn, mgcn.SEARCH),
+    "smore": ModelEntry(SmoreConfig, Smore, smore.SEARCH),
+    "lgmrec": ModelEntry(LgmRecConfig, LgmRec, lgmrec.SEARCH),
+    "dualgnn": ModelEntry(DualGnnConfig, DualGnn, dualgnn.SEARCH),
+    "dragon": ModelEntry(DragonConfig, Dragon, dragon.SEARCH),
+    "grcn": ModelEntry(GrcnConfig, Grcn),
+    "bm3": ModelEntry(Bm3Config, Bm3, bm3.SEARCH),
+    "mmgcn": ModelEntry(MmgcnConfig, Mmgcn, mmgcn.SEARCH),
+    "mmgcl": ModelEntry(MmgclConfig, Mmgcl, mmgcl.SEARCH),
+    "slmrec": ModelEntry(SlmrecConfig, Slmrec, slmrec.SEARCH),
+    "lattice": ModelEntry(LatticeConfig, Lattice, lattice.SEARCH),
+    "freedom": ModelEntry(FreedomConfig, Freedom, freedom.SEARCH),
 }
 
 

@@ -25,6 +25,10 @@ from recommenders.models.modality_encoder import ModalityEncoder
 from recommenders.sampling import Batch
 
 
+SEARCH = {"ssl_weight": (0.01, 0.05, 0.1, 0.5, 1.0), "ssl_temperature": (0.1, 0.2, 0.5, 1.0)}
+"""As in the authors' configuration."""
+
+
 class SlmrecConfig(BaseModel, frozen=True, extra="forbid"):
     """Settings of SLMRec; defaults as in the authors' configuration."""
 

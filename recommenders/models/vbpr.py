@@ -17,7 +17,16 @@ from recommenders.feature_input import FeatureTable
 from recommenders.interactions import Interactions
 from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
+from recommenders.ranges import Range
 from recommenders.sampling import Batch
+
+SEARCH: dict[str, Range] = {
+    "l2": (2.0, 1.0, 0.1, 0.05, 0.01, 1e-3, 1e-4, 1e-5),
+    "l2_projection": (0.0, 1e-4, 1e-3, 1e-2),
+    "training.learning_rate": (1e-4, 5e-4, 1e-3, 5e-3),
+}
+"""l2 as in MMRec's configuration, with the default below; the learning rate as BPR-MF's, so that both get the
+same chance; l2_projection, which the paper has at 0, from there to ten times the default below."""
 
 
 class VbprConfig(BaseModel, frozen=True, extra="forbid"):
