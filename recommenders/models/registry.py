@@ -82,7 +82,6 @@ MODELS: dict[str, ModelEntry] = {
     "lgmrec": ModelEntry(LgmRecConfig, LgmRec, lgmrec.SEARCH),
     "dualgnn": ModelEntry(DualGnnConfig, DualGnn, dualgnn.SEARCH),
     "dragon": ModelEntry(DragonConfig, Dragon, dragon.SEARCH),
-    "grcn": ModelEntry(GrcnConfig, Grcn),
     "bm3": ModelEntry(Bm3Config, Bm3, bm3.SEARCH),
     "mmgcn": ModelEntry(MmgcnConfig, Mmgcn, mmgcn.SEARCH),
     "mmgcl": ModelEntry(MmgclConfig, Mmgcl, mmgcl.SEARCH),
