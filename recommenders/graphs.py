@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -155,25 +154,6 @@ def mean_propagation(adjacency: Tensor, embeddings: Tensor, n_layers: int) -> Te
     """
     result: Tensor = _SymmetricPropagation.apply(adjacency, embeddings, n_layers)
     return result
-
-
-def propagate_beside(
-    adjacency: Tensor, users: Tensor, item_tables: Sequence[Tensor], n_layers: int
-) -> tuple[Tensor, Tensor]:
-    """Propagate several item tables, each with the same users, in one product a layer.
-
-    Args:
-        adjacency: (U + I, U + I), as in ``mean_propagation``.
-        users: (U, D) layer 0 of the users beside each item table.
-        item_tables: T tables (I, D).
-        n_layers: L.
-
-    Returns:
-        (U, T D) and (I, T D), the results of the tables one beside the other.
-    """
-    nodes = torch.cat([users.repeat(1, len(item_tables)), torch.cat(list(item_tables), dim=1)])
-    propagated = mean_propagation(adjacency, nodes, n_layers)
-    return propagated[: len(users)], propagated[len(users) :]
 
 
 class _SymmetricPropagation(torch.autograd.Function):

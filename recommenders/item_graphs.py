@@ -31,19 +31,17 @@ class Edges:
     """(N + 1,) where the edges of each source begin."""
     order: Tensor
     """(E,) the edges in the order of their targets."""
+    ordered_sources: Tensor
+    """(E,) ``sources[order]``."""
     target_starts: Tensor
     """(N + 1,) where the edges of each target begin in ``order``."""
 
     @staticmethod
     def between(sources: Tensor, targets: Tensor, n_nodes: int) -> Edges:
         """Return edges from (E,) sources, ascending, to (E,) targets; the same edge may occur twice."""
-        return Edges(
-            sources,
-            targets,
-            _starts(sources, n_nodes),
-            targets.argsort(stable=True),
-            _starts(targets, n_nodes),
-        )
+        order = targets.argsort(stable=True)
+        starts, target_starts = _starts(sources, n_nodes), _starts(targets, n_nodes)
+        return Edges(sources, targets, starts, order, sources[order], target_starts)
 
     @property
     def n_nodes(self) -> int:
@@ -202,8 +200,8 @@ def _sums_of_targets(edges: Edges, weights: Tensor, table: Tensor) -> Tensor:
 
 
 def _sums_of_sources(edges: Edges, weights: Tensor, table: Tensor) -> Tensor:
-    order = edges.order
-    return bag_sums(edges.sources[order], edges.target_starts, weights[order], table.contiguous())
+    ordered = weights.index_select(0, edges.order)
+    return bag_sums(edges.ordered_sources, edges.target_starts, ordered, table.contiguous())
 
 
 def _products(edges: Edges, left: Tensor, right: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+_BLOCK_ANCHORS = 256
+"""Anchors compared at once on a CPU: their products with 2,048 others, 2 MiB, fit its cache."""
+
 
 def pair_scores(users: Tensor, items: Tensor) -> Tensor:
     """Score each user against the items of its own row.
@@ -65,30 +68,32 @@ def info_nce(anchors: Tensor, others: Tensor, temperature: float) -> Tensor:
 
 
 class _InfoNce(torch.autograd.Function):
-    """The softmax of the (B, C) products gives both gradients, so that nothing of that size is kept."""
+    """The softmax of the products gives both gradients, block by block of anchors: nothing (B, C) is kept."""
 
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, others: Tensor, temperature: float) -> Tensor:
         n_rows = len(anchors)
-        scale = 1 / (n_rows * temperature)
-        products = anchors @ others.T / temperature
-        products -= products.amax(dim=1, keepdim=True)
-        own = products.diagonal().clone()
-        shares = products.exp_()
-        totals = shares.sum(dim=1)
-        loss = (totals.log() - own).mean()
-        shares /= totals.unsqueeze(1)
-        to_anchors = scale * (shares @ others - others[:n_rows]) if ctx.needs_input_grad[0] else None
-        to_others = None
-        if ctx.needs_input_grad[1]:
-            to_others = shares.T @ anchors
-            to_others[:n_rows] -= anchors
-            to_others *= scale
-        ctx.gradients = (to_anchors, to_others)
-        return loss
+        step = _BLOCK_ANCHORS if anchors.device.type == "cpu" else max(n_rows, 1)
+        scaled = anchors / temperature
+        to_anchors, to_others = torch.zeros_like(anchors), torch.zeros_like(others)
+        losses = []
+        for start in range(0, n_rows, step):
+            block = scaled[start : start + step]
+            products = block @ others.T
+            own = products.diagonal(start).clone()
+            largest = products.amax(dim=1, keepdim=True)
+            shares = products.sub_(largest).exp_()
+            totals = shares.sum(dim=1, keepdim=True)
+            losses.append((totals.log() + largest).squeeze(1) - own)
+            to_anchors[start : start + step] = (shares @ others) / totals
+            to_others.addmm_(shares.T, block / totals)
+        to_anchors -= others[:n_rows]
+        to_others[:n_rows] -= scaled
+        ctx.gradients = (to_anchors / (n_rows * temperature), to_others / n_rows)
+        return torch.cat(losses).mean()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        to_anchors, to_others = (part if part is None else gradients[0] * part for part in ctx.gradients)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        to_anchors, to_others = (gradients[0] * part for part in ctx.gradients)
         return to_anchors, to_others, None

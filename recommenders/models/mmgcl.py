@@ -23,7 +23,6 @@ from recommenders.models.base import Recommender, batch_items, rows_of
 from recommenders.models.modality_encoder import ModalityEncoder
 from recommenders.sampling import Batch
 
-
 SEARCH = {"ssl_weight": (0.1, 0.2, 0.5, 1.0), "ssl_temperature": (0.1, 0.2, 0.5, 1.0)}
 """Between the ends of what the paper tries, 0.1 to 1."""
 
@@ -106,25 +105,24 @@ class Mmgcl(Recommender):
     @override
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
         """Propagate the parts over the whole graph and read them out."""
-        users, items = self._propagate(self.adjacency, self.encoder.inputs(features))
-        return self.encoder.read_users(users), self.encoder.read_items(items)
+        parts = self._propagate(self.adjacency, self.encoder.inputs(features))
+        return self.encoder.users_from(parts), self.encoder.items_from(parts)
 
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:
         """Return BPR plus contrast plus L2, reading out the batch's rows only."""
         item_rows = batch_items(batch)
         inputs = self.encoder.inputs(features)
-        user_parts, item_parts = self._propagate(self.adjacency, inputs)
-        users = self.encoder.read_users(rows_of(user_parts, batch.users))
-        items = self.encoder.read_items(rows_of(item_parts, item_rows))
+        parts = self._propagate(self.adjacency, inputs)
+        users = self.encoder.users_from(parts, batch.users)
+        items = self.encoder.items_from(parts, item_rows.reshape(-1)).reshape(*item_rows.shape, -1)
         loss = bpr_loss(pair_scores(users, items))
         if self.config.ssl_weight:
-            contrast = self._contrast(batch, inputs, user_parts, item_parts)
-            loss = loss + self.config.ssl_weight * contrast
+            loss = loss + self.config.ssl_weight * self._contrast(batch, inputs, parts)
         own = [rows_of(self.encoder.users, batch.users), rows_of(self.encoder.items, item_rows)]
         return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
 
-    def _propagate(self, adjacency: Tensor, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _propagate(self, adjacency: Tensor, inputs: list[Tensor]) -> list[Tensor]:
         return self.encoder.propagate(adjacency, inputs, self.config.n_layers)
 
     def draw(self) -> Draws:
@@ -134,35 +132,32 @@ class Mmgcl(Recommender):
         noise = torch.empty_like(self.encoder.items).uniform_(-bound, bound)
         return Draws(places[0], noise, places[1])
 
-    def _contrast(self, batch: Batch, inputs: list[Tensor], user_parts: Tensor, item_parts: Tensor) -> Tensor:
+    def _contrast(self, batch: Batch, inputs: list[Tensor], parts: list[Tensor]) -> Tensor:
         """Return the contrast of users plus that of items.
 
         Args:
             batch: The pairs and their negatives.
             inputs: T tables (I, D), the layer 0 of the items.
-            user_parts: (U, T D) propagated over the whole graph.
-            item_parts: (I, T D), likewise.
+            parts: T tables (U + I, D), propagated over the whole graph.
         """
         users, user_places = torch.unique(batch.users, return_inverse=True)
         items, item_places = torch.unique(batch.positives, return_inverse=True)
         drawn = self.draw()
-        thinned = self.adjacency if self._thinned is None else self._thinned
-        first_users, first_items = self._propagate(thinned, inputs)
-        noisy_users, noisy_items = self._propagate(self.adjacency, [drawn.noise])
-        place = drawn.masked
-        second_users = self.encoder.replace(rows_of(user_parts, users), place, rows_of(noisy_users, users))
-        second_items = self.encoder.replace(rows_of(item_parts, items), place, rows_of(noisy_items, items))
-        # The negative of the first pair that each item is in; its parts as the second view has them.
-        n_rows = len(batch.users)
-        pairs = torch.arange(n_rows, device=items.device)
-        earliest = torch.full_like(items, n_rows).scatter_reduce(0, item_places, pairs, "amin")
-        others = batch.negatives[earliest, 0]
-        other_table = noisy_items if drawn.swapped == place else self.encoder.part(item_parts, drawn.swapped)
-        swapped = self.encoder.replace(second_items, drawn.swapped, rows_of(other_table, others))
-
-        z_users = [self._read_users(rows_of(first_users, users)), self._read_users(second_users)]
-        z_items = [self._read_items(rows_of(first_items, items)), self._read_items(second_items)]
-        hard = [self._read_items(swapped)] if self.config.challenging_negatives else []
+        first = self._propagate(self.adjacency if self._thinned is None else self._thinned, inputs)
+        second = list(parts)
+        (second[drawn.masked],) = self._propagate(self.adjacency, [drawn.noise])
+        z_users = [self._unit_users(view, users) for view in (first, second)]
+        z_items = [self._unit_items(self.encoder.items_of(view, items)) for view in (first, second)]
+        hard = []
+        if self.config.challenging_negatives:
+            # The negative of the first pair that each item is in.
+            n_rows = len(batch.users)
+            pairs = torch.arange(n_rows, device=items.device)
+            earliest = torch.full_like(items, n_rows).scatter_reduce(0, item_places, pairs, "amin")
+            others = batch.negatives[earliest, 0]
+            challenging = self.encoder.items_of(second, items)
+            (challenging[drawn.swapped],) = self.encoder.items_of([second[drawn.swapped]], others)
+            hard = [self._unit_items(challenging)]
         temperature = self.config.ssl_temperature
         if self.config.contrast == "views":
             of_users = info_nce(z_users[0], z_users[1], temperature)
@@ -177,8 +172,9 @@ class Mmgcl(Recommender):
         ]
         return within[0] + within[1]
 
-    def _read_users(self, parts: Tensor) -> Tensor:
-        return normalize(self.encoder.read_users(parts), dim=1)
+    def _unit_users(self, parts: list[Tensor], rows: Tensor) -> Tensor:
+        return normalize(self.encoder.users_from(parts, rows), dim=1)
 
-    def _read_items(self, parts: Tensor) -> Tensor:
-        return normalize(self.encoder.read_items(parts), dim=1)
+    def _unit_items(self, rows: list[Tensor]) -> Tensor:
+        """Return (R, D) embeddings of length 1 from the T rows (R, D) of each item."""
+        return normalize(self.encoder.read_items(torch.cat(rows, dim=1)), dim=1)

@@ -24,7 +24,6 @@ from recommenders.models.layers import Affine
 from recommenders.models.modality_encoder import ModalityEncoder
 from recommenders.sampling import Batch
 
-
 SEARCH = {"ssl_weight": (0.01, 0.05, 0.1, 0.5, 1.0), "ssl_temperature": (0.1, 0.2, 0.5, 1.0)}
 """As in the authors' configuration."""
 
@@ -97,47 +96,47 @@ class Slmrec(Recommender):
     @override
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
         """Propagate the parts over the whole graph and read them out."""
-        users, items = self._propagate(self.encoder.inputs(features))
-        return self.encoder.read_users(users), self.encoder.read_items(items)
+        parts = self._propagate(self.encoder.inputs(features))
+        return self.encoder.users_from(parts), self.encoder.items_from(parts)
 
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:
         """Return ranking plus contrast plus L2, reading out the batch's rows only."""
         inputs = self.encoder.inputs(features)
-        user_parts, item_parts = self._propagate(inputs)
-        loss = self._ranking(batch, user_parts, item_parts)
+        parts = self._propagate(inputs)
+        loss = self._ranking(batch, parts)
         if self.config.ssl_weight:
             items = torch.unique(batch.positives)
             if self.config.task == "fac":
-                contrast = self._fine_and_coarse(rows_of(item_parts, items))
+                contrast = self._fine_and_coarse(self.encoder.items_of(parts, items))
             else:
                 contrast = self._two_views(torch.unique(batch.users), items, inputs)
             loss = loss + self.config.ssl_weight * contrast
         own = [rows_of(self.encoder.users, batch.users), rows_of(self.encoder.items, self._items(batch))]
         return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
 
-    def _propagate(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _propagate(self, inputs: list[Tensor]) -> list[Tensor]:
         return self.encoder.propagate(self.adjacency, inputs, self.config.n_layers)
 
     def _items(self, batch: Batch) -> Tensor:
         """Return the (B, K) items that the ranking loss scores."""
         return batch_items(batch) if self.config.main_loss == "bpr" else batch.positives.unsqueeze(1)
 
-    def _ranking(self, batch: Batch, user_parts: Tensor, item_parts: Tensor) -> Tensor:
-        users = self.encoder.read_users(rows_of(user_parts, batch.users))
-        items = self.encoder.read_items(rows_of(item_parts, self._items(batch)))
+    def _ranking(self, batch: Batch, parts: list[Tensor]) -> Tensor:
+        item_rows = self._items(batch)
+        users = self.encoder.users_from(parts, batch.users)
+        items = self.encoder.items_from(parts, item_rows.reshape(-1)).reshape(*item_rows.shape, -1)
         if self.config.main_loss == "bpr":
             return bpr_loss(pair_scores(users, items))
         positives = items.squeeze(1)
         return info_nce(normalize(users, dim=1), normalize(positives, dim=1), self.config.temperature)
 
-    def _fine_and_coarse(self, parts: Tensor) -> Tensor:
-        """Return the sum over modalities of the contrast of R items' parts, (R, T D)."""
-        coarse = self.encoder.part(parts, 0)
+    def _fine_and_coarse(self, parts: list[Tensor]) -> Tensor:
+        """Return the sum over modalities of the contrast of R items' parts, (R, D) each."""
+        coarse = parts[0]
         losses = []
-        for place, (to_coarse, to_fine) in enumerate(zip(self.to_coarse, self.to_fine, strict=True), start=1):
-            coarse = to_coarse(coarse)
-            fine = to_fine(self.encoder.part(parts, place))
+        for to_coarse, to_fine, part in zip(self.to_coarse, self.to_fine, parts[1:], strict=True):
+            coarse, fine = to_coarse(coarse), to_fine(part)
             if self.config.cosine:
                 one, other = normalize(coarse, dim=1), normalize(fine, dim=1)
             else:
@@ -153,9 +152,8 @@ class Slmrec(Recommender):
             tables = [self._dropped(table, place) for place, table in enumerate(inputs)]
             if left_out >= 0:
                 tables[left_out] = torch.zeros_like(tables[left_out])
-            user_parts, item_parts = self._propagate(tables)
-            of_users = self.encoder.read_users(rows_of(user_parts, users))
-            of_items = self.encoder.read_items(rows_of(item_parts, items))
+            parts = self._propagate(tables)
+            of_users, of_items = self.encoder.users_from(parts, users), self.encoder.items_from(parts, items)
             views.append((normalize(of_users, dim=1), normalize(of_items, dim=1)))
         (users_1, items_1), (users_2, items_2) = views
         temperature = self.config.ssl_temperature

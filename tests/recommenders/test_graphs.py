@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from recommenders.graphs import cosine_neighbours, mean_propagation, user_item_adjacency
+from recommenders.graphs import (
+    UserItemGraph,
+    cosine_neighbours,
+    mean_propagation,
+    sparse_product,
+    user_item_adjacency,
+)
 from tests.references.plain_item_knn import nearest
 from tests.references.plain_lightgcn import propagate
 from tests.worlds import interactions_of, random_world
@@ -85,3 +91,37 @@ def test_a_row_of_zeros_has_cosine_zero_with_every_row() -> None:
     _, similarities = cosine_neighbours(vectors, 5)
     assert similarities[2].abs().max() == 0
     assert similarities.isfinite().all()
+
+
+def test_the_graph_of_all_pairs_is_the_adjacency_and_of_some_that_of_a_smaller_training_set() -> None:
+    train = random_world(n_users=6, n_items=8).split.train
+    graph = UserItemGraph(train)
+    torch.testing.assert_close(graph.adjacency().to_dense(), user_item_adjacency(train).to_dense())
+    kept = torch.arange(len(graph)) % 3 > 0
+    pairs = list(zip(graph.users[kept].tolist(), graph.items[kept].tolist(), strict=True))
+    fewer = user_item_adjacency(interactions_of(pairs, n_users=6, n_items=8))
+    torch.testing.assert_close(graph.adjacency(kept).to_dense(), fewer.to_dense())
+    assert not graph.state_dict()
+
+
+def test_pairs_are_drawn_without_replacement_by_their_weights_and_the_seed() -> None:
+    graph = UserItemGraph(random_world(n_users=8, n_items=12).split.train)
+    n_pairs = len(graph)
+    assert n_pairs > 8
+    weights = torch.ones(n_pairs)
+    weights[:4] = 9
+    torch.manual_seed(0)
+    draws = torch.stack([graph.sample(1, weights) for _ in range(4000)])
+    assert (draws.sum(dim=1) == 1).all()
+    shares = draws.double().mean(dim=0)
+    torch.testing.assert_close(shares, (weights / weights.sum()).double(), atol=0.02, rtol=0)
+    torch.manual_seed(0)
+    assert torch.equal(graph.sample(1, weights), draws[0])
+    assert graph.sample(5).sum() == 5
+    assert graph.sample(n_pairs).all()
+
+
+def test_a_sparse_product_is_the_dense_one() -> None:
+    adjacency = user_item_adjacency(random_world(n_users=6, n_items=8).split.train)
+    table = torch.randn(14, 3)
+    torch.testing.assert_close(sparse_product(adjacency, table), adjacency.to_dense() @ table)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
+from recommenders import losses
+from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
 
 
 def test_pair_scores_are_the_inner_products_of_each_row() -> None:
@@ -46,3 +47,22 @@ def test_the_gradient_of_half_the_squared_norm_is_the_tensor_itself() -> None:
     torch.testing.assert_close(value.detach(), 0.5 * squares)
     torch.testing.assert_close(first.grad, first.detach())
     torch.testing.assert_close(second.grad, second.detach())
+
+
+@pytest.mark.parametrize("block", [1, 3, 256])
+def test_info_nce_is_the_cross_entropy_of_the_products_with_its_gradients(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_BLOCK_ANCHORS", block)
+    generator = torch.Generator().manual_seed(0)
+    found, expected = [], []
+    anchors, others = torch.randn(7, 3, generator=generator), 30 * torch.randn(9, 3, generator=generator)
+    for inputs in (found, expected):
+        inputs += [anchors.clone().requires_grad_(), others.clone().requires_grad_()]
+    value = info_nce(*found, 0.1)
+    (2 * value).backward()
+    plain = torch.nn.functional.cross_entropy(expected[0] @ expected[1].T / 0.1, torch.arange(7))
+    (2 * plain).backward()
+    torch.testing.assert_close(value, plain)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
