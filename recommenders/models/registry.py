@@ -38,6 +38,7 @@ from recommenders.models.dragon import Dragon, DragonConfig
 from recommenders.models.dualgnn import DualGnn, DualGnnConfig
 from recommenders.models.ease import Ease, EaseConfig
 from recommenders.models.freedom import Freedom, FreedomConfig
+from recommenders.models.grcn import Grcn, GrcnConfig
 from recommenders.models.item_knn import ItemKnn, ItemKnnConfig, ItemKnnContent, ItemKnnContentConfig
 from recommenders.models.lattice import Lattice, LatticeConfig
 from recommenders.models.layergcn import LayerGcn, LayerGcnConfig
@@ -82,6 +83,7 @@ MODELS: dict[str, ModelEntry] = {
     "lgmrec": ModelEntry(LgmRecConfig, LgmRec, lgmrec.SEARCH),
     "dualgnn": ModelEntry(DualGnnConfig, DualGnn, dualgnn.SEARCH),
     "dragon": ModelEntry(DragonConfig, Dragon, dragon.SEARCH),
+    "grcn": ModelEntry(GrcnConfig, Grcn),
     "bm3": ModelEntry(Bm3Config, Bm3, bm3.SEARCH),
     "mmgcn": ModelEntry(MmgcnConfig, Mmgcn, mmgcn.SEARCH),
     "mmgcl": ModelEntry(MmgclConfig, Mmgcl, mmgcl.SEARCH),

@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, int]] = {
     "layergcn": {"dim": 4},
     "vbpr": {"dim": 4, "content_dim": 3},
     "bm3": {"dim": 4},
+    "grcn": {"dim": 4, "content_dim": 3},
     "dragon": {"dim": 4, "hidden_dim": 5, "k": 4},
     "dualgnn": {"dim": 4, "hidden_dim": 5},
     "lgmrec": {"dim": 4, "n_hyperedges": 3},
