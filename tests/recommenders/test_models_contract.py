@@ -34,17 +34,23 @@ SMALL: dict[str, dict[str, int]] = {
     "layergcn": {"dim": 4},
     "vbpr": {"dim": 4, "content_dim": 3},
     "bm3": {"dim": 4},
-    "grcn": {"dim": 4, "content_dim": 3},
+    "pgl": {"dim": 4, "k": 4},
     "dragon": {"dim": 4, "hidden_dim": 5, "k": 4},
     "dualgnn": {"dim": 4, "hidden_dim": 5},
     "lgmrec": {"dim": 4, "n_hyperedges": 3},
     "smore": {"dim": 4, "k": 4},
     "mgcn": {"dim": 4, "k": 4},
     "mmgcn": {"dim": 4, "latent_dim": 5},
+    "mmgcl": {"dim": 4},
+    "slmrec": {"dim": 4},
     "lattice": {"dim": 4, "feature_dim": 3, "k": 4},
     "freedom": {"dim": 4, "k": 4},
 }
-ONLY_RANKING: dict[str, dict[str, Setting]] = {"freedom": {"feature_weight": 0}}
+ONLY_RANKING: dict[str, dict[str, Setting]] = {
+    "freedom": {"feature_weight": 0},
+    "mmgcl": {"ssl_weight": 0},
+    "slmrec": {"ssl_weight": 0, "main_loss": "bpr"},
+}
 """Settings without which the loss is more than BPR on the scores."""
 NAMES = sorted(MODELS)
 READERS = [name for name in NAMES if MODELS[name].model.needs_features]
@@ -52,6 +58,8 @@ OTHERS = [name for name in NAMES if name not in READERS]
 NOTHING = FeatureTable()
 WITHOUT_NEGATIVES = {"bm3"}
 """Models whose loss is no BPR and touches no negative."""
+NEGATIVES_UNTOUCHED = WITHOUT_NEGATIVES | {"slmrec"}
+"""The same, and models whose default is to tell the positives of a batch apart."""
 READ_WHILE_TRAINING = {"bm3"}
 """Models that learn from features, and compute no score from them."""
 
@@ -158,7 +166,7 @@ def test_gradient_flows_from_the_loss_to_the_features_of_the_batch(name: str, wo
     live = {name: table.clone().requires_grad_() for name, table in world.features.vectors.items()}
     batch = batch_of(world)
     model.loss(batch, FeatureTable(live, world.features.present)).backward()
-    negatives = batch.negatives[:, : 0 if name in WITHOUT_NEGATIVES else None]
+    negatives = batch.negatives[:, : 0 if name in NEGATIVES_UNTOUCHED else None]
     in_batch = torch.cat([batch.positives, negatives.flatten()]).unique()
     for modality, table in live.items():
         assert table.grad is not None
