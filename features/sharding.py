@@ -79,8 +79,8 @@ def _no_shard(text: str) -> FeatureError:
 def shard_of(part: int, n_parts: int, n_shards: int) -> int:
     """The shard that encodes a part: parts are dealt out in the order of the hashes of their names.
 
-    By a hash alone four workers of 64 parts would get 11 to 21 of them; dealt out, they get 16 each. The
-    hash still mixes early parts with later ones, which have more repeats and so less to encode.
+    By a hash alone shares would be uneven; dealt out, four workers of 64 parts get 16 each. The hash still
+    mixes early parts with later ones, which have more repeats and so less to encode.
     """
     return _dealing_order(n_parts)[part] % n_shards
 
