@@ -47,6 +47,7 @@ from recommenders.models.lightgcn import LightGcn, LightGcnConfig
 from recommenders.models.mgcn import Mgcn, MgcnConfig
 from recommenders.models.mmgcl import Mmgcl, MmgclConfig
 from recommenders.models.mmgcn import Mmgcn, MmgcnConfig
+from recommenders.models.pgl import Pgl, PglConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
 from recommenders.models.random_scores import RandomScores, RandomScoresConfig
 from recommenders.models.slmrec import Slmrec, SlmrecConfig
@@ -84,6 +85,7 @@ MODELS: dict[str, ModelEntry] = {
     "dualgnn": ModelEntry(DualGnnConfig, DualGnn, dualgnn.SEARCH),
     "dragon": ModelEntry(DragonConfig, Dragon, dragon.SEARCH),
     "grcn": ModelEntry(GrcnConfig, Grcn),
+    "pgl": ModelEntry(PglConfig, Pgl),
     "bm3": ModelEntry(Bm3Config, Bm3, bm3.SEARCH),
     "mmgcn": ModelEntry(MmgcnConfig, Mmgcn, mmgcn.SEARCH),
     "mmgcl": ModelEntry(MmgclConfig, Mmgcl, mmgcl.SEARCH),

@@ -15,7 +15,7 @@ from tests.worlds import World, random_world
 
 def tiny_world(*modalities: str) -> World:
     """Seven users, nine items; the first item has no features of the first modality, zeros in their place."""
-    world = random_world(n_users=7, n_items=9, dim=3)
+    world = random_world(n_users=7, n_items=9, density=0.6, dim=3)
     rng = np.random.default_rng(5)
     vectors, present = {}, {}
     for place, name in enumerate(modalities):
