@@ -13,7 +13,7 @@ Rules that can change a figure:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -45,6 +45,12 @@ class EvaluationConfig(BaseModel, frozen=True, extra="forbid"):
     block_mb: PositiveInt = Field(
         512, description="Most memory of a block of scores in MiB; large catalogues get fewer users a block."
     )
+    candidates: Literal["all", "warm", "cold"] = Field(
+        "all",
+        description="Items that are ranked: all, or only those with (warm) or without (cold) training "
+        "interactions. Never a random sample, whose metrics are inconsistent.",
+    )
+    auc: bool = Field(False, description="Measure the area under the ROC curve, too; sorts all scores.")
     mask_valid_in_test: bool = Field(
         False, description="Mask validation items, too, when testing; MMRec and its published numbers do not."
     )
@@ -67,6 +73,12 @@ class Evaluation:
     """``user_row`` int64, ascending, and a float64 column a user metric."""
     n_skipped: int
     """Users without held-out items."""
+    lists: NDArray[np.int32] | None = None
+    """(U, K) item rows as ranked for the users of ``per_user``, -1 behind the last; None unless kept."""
+    hits: NDArray[np.bool_] | None = None
+    """(U, K) whether the item at each rank is held out; None unless kept."""
+    relevant: Interactions | None = None
+    """The pairs that were to be found; None unless lists are kept."""
 
     @property
     def n_users(self) -> int:
@@ -81,6 +93,7 @@ def evaluate(
     config: EvaluationConfig,
     *,
     device: torch.device | str = "cpu",
+    keep_lists: bool = False,
 ) -> Evaluation:
     """Rank all items for each user with held-out items and measure the lists.
 
@@ -90,28 +103,44 @@ def evaluate(
         exclude: Seen pairs, masked. A pair that is both held out and excluded counts as missed.
         config: List lengths and block size.
         device: Where the user rows are put for the scorer; its scores may live where they like.
+        keep_lists: Keep what was recommended, for `beyond_accuracy`; takes 5 bytes a place.
 
     Raises:
         TrainingError: A score is NaN or infinite, or no user has held-out items.
         ValueError: The scorer returns another shape than (B, I).
     """
+    candidates = _candidates(config, exclude)
+    if candidates is not None:
+        inside = candidates[held_out.item_rows]
+        users_of, items_of = held_out.user_rows[inside], held_out.item_rows[inside]
+        held_out = Interactions(users_of, items_of, held_out.n_users, held_out.n_items)
     relevant = held_out.csr()
     n_relevant = np.diff(relevant.indptr).astype(np.int64)
     users = np.flatnonzero(n_relevant)
     if not len(users):
         raise TrainingError(
-            f"None of {held_out.n_users} users has held-out items; expected at least one. "
-            "Choose another split rule or larger shares for validation and test."
+            f"None of {held_out.n_users} users has held-out items"
+            + (f" among the {config.candidates} ones" if candidates is not None else "")
+            + "; expected at least one. Choose another split rule or larger shares for validation and test."
         )
-    names = metric_names(config.ks)
+    names = user_metric_names(config)
     values = np.empty((len(users), len(names)))
     best_ranks = np.full(held_out.n_items, max(config.ks) + 1)
     ranks = np.arange(1, max(config.ks) + 1)
     done = 0
-    for block, items, scores in _ranked_blocks(scorer, users, max(config.ks), exclude, config, device=device):
+    kept: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
+    pairs = relevant if config.auc else None
+    blocks = _ranked_blocks(
+        scorer, users, max(config.ks), exclude, config, device=device, candidates=candidates, relevant=pairs
+    )
+    for block, items, scores, areas in blocks:
         recommended = scores > -np.inf
         hits = _contains(relevant[block], items) & recommended
         block_values = rank_metrics(hits, n_relevant[block], config.ks)
+        if areas is not None:
+            block_values["auc"] = areas
+        if keep_lists:
+            kept.append((np.where(recommended, items, -1).astype(np.int32), hits))
         values[done : done + len(block)] = np.stack([block_values[name] for name in names], axis=1)
         block_ranks = np.broadcast_to(ranks[: items.shape[1]], items.shape)
         np.minimum.at(best_ranks, items[recommended], block_ranks[recommended])
@@ -120,7 +149,25 @@ def evaluate(
     per_user = pl.DataFrame(
         {"user_row": users.astype(np.int64)} | {name: values[:, i] for i, name in enumerate(names)}
     )
-    return Evaluation(means | coverage(best_ranks, config.ks), per_user, held_out.n_users - len(users))
+    measured = Evaluation(means | coverage(best_ranks, config.ks), per_user, held_out.n_users - len(users))
+    if not keep_lists:
+        return measured
+    lists = np.concatenate([block_lists for block_lists, _ in kept])
+    all_hits = np.concatenate([block_hits for _, block_hits in kept])
+    return replace(measured, lists=lists, hits=all_hits, relevant=held_out)
+
+
+def user_metric_names(config: EvaluationConfig) -> list[str]:
+    """Names of what is measured of each user, in the order of the columns everywhere."""
+    return [*metric_names(config.ks), *(["auc"] if config.auc else [])]
+
+
+def _candidates(config: EvaluationConfig, exclude: Interactions) -> NDArray[np.bool_] | None:
+    """(I,) the items that may be ranked; None for all."""
+    if config.candidates == "all":
+        return None
+    warm: NDArray[np.bool_] = np.bincount(exclude.item_rows, minlength=exclude.n_items) > 0
+    return warm if config.candidates == "warm" else ~warm
 
 
 def evaluate_part(
@@ -130,10 +177,12 @@ def evaluate_part(
     config: EvaluationConfig,
     *,
     device: torch.device | str = "cpu",
+    keep_lists: bool = False,
 ) -> Evaluation:
     """Evaluate on the validation or the test part of a split, with that part's seen items masked."""
     held_out = split.valid if part == "valid" else split.test
-    return evaluate(scorer, held_out, seen_before(split, part, config), config, device=device)
+    seen = seen_before(split, part, config)
+    return evaluate(scorer, held_out, seen, config, device=device, keep_lists=keep_lists)
 
 
 def seen_before(split: Split, part: Literal["valid", "test"], config: EvaluationConfig) -> Interactions:
@@ -174,8 +223,8 @@ def recommend_top_k(
     blocks = list(_ranked_blocks(scorer, users, k, exclude, config or EvaluationConfig(), device=device))
     if not blocks:
         return np.empty((0, k), dtype=np.int64), np.empty((0, k), dtype=np.float32)
-    scores = np.concatenate([block_scores for _, _, block_scores in blocks])
-    items = np.concatenate([block_items for _, block_items, _ in blocks])
+    scores = np.concatenate([block_scores for _, _, block_scores, _ in blocks])
+    items = np.concatenate([block_items for _, block_items, _, _ in blocks])
     return np.where(scores > -np.inf, items, -1), scores
 
 
@@ -229,8 +278,13 @@ def _ranked_blocks(
     config: EvaluationConfig,
     *,
     device: torch.device | str,
-) -> Iterator[tuple[Int64Array, Int64Array, Float32Array]]:
-    """Yield (B,) users, (B, k) item rows and (B, k) scores of their lists; masked items score -inf."""
+    candidates: NDArray[np.bool_] | None = None,
+    relevant: sparse.csr_matrix | None = None,
+) -> Iterator[tuple[Int64Array, Int64Array, Float32Array, NDArray[np.float64] | None]]:
+    """Yield (B,) users, (B, k) item rows and (B, k) scores of their lists; masked items score -inf.
+
+    Where relevant pairs are given, the (B,) areas under the ROC curve come with them.
+    """
     n_items = exclude.n_items
     seen = exclude.csr()
     memory_users = config.block_mb * 2**20 // (_BYTES_PER_SCORE * n_items)
@@ -246,9 +300,41 @@ def _ranked_blocks(
             del raw
             # Flat positions: one index array to move, and one write.
             scores.view(-1)[torch.from_numpy(_flat_keys(seen[block])).to(scores.device)] = -torch.inf
+            if candidates is not None:
+                scores[:, torch.from_numpy(~candidates).to(scores.device)] = -torch.inf
             best, items = top_k(scores, k)
             _refuse_not_finite(best, block)
-        yield block, items.cpu().numpy(), best.cpu().numpy()
+            areas = None if relevant is None else _areas(scores, relevant[block])
+        yield block, items.cpu().numpy(), best.cpu().numpy(), areas
+
+
+def _areas(scores: Tensor, relevant: sparse.csr_matrix) -> NDArray[np.float64]:
+    """Area under the ROC curve of each user: how often a relevant item beats another unmasked one, ties half.
+
+    Args:
+        scores: (B, I), masked items -inf.
+        relevant: (B, I), at least one a row; masked ones count as beaten by all.
+    """
+    ordered = scores.sort(dim=1).values
+    n_masked = (scores == -torch.inf).sum(dim=1)
+    lengths = np.diff(relevant.indptr)
+    rows = torch.from_numpy(np.repeat(np.arange(relevant.shape[0]), lengths)).to(scores.device)
+    own = scores[rows, torch.from_numpy(relevant.indices.astype(np.int64)).to(scores.device)]
+    lower, upper = torch.empty_like(rows), torch.empty_like(rows)
+    for user in range(len(scores)):  # one search a user, as their numbers of relevant items differ
+        mine = slice(int(relevant.indptr[user]), int(relevant.indptr[user + 1]))
+        lower[mine] = torch.searchsorted(ordered[user], own[mine])
+        upper[mine] = torch.searchsorted(ordered[user], own[mine], right=True)
+    ranked = own > -torch.inf
+    beaten = (lower - n_masked[rows]).double() + (upper - lower - 1).double() / 2
+    wins = torch.zeros(len(scores), dtype=torch.float64, device=scores.device)
+    wins.index_add_(0, rows[ranked], beaten[ranked])
+    n_relevant = torch.bincount(rows, minlength=len(scores)).double()
+    n_ranked = torch.bincount(rows[ranked], minlength=len(scores)).double()
+    wins -= n_ranked * (n_ranked - 1) / 2  # what relevant items win among themselves
+    n_others = scores.shape[1] - n_masked.double() - n_ranked
+    areas: NDArray[np.float64] = (wins / (n_relevant * n_others.clamp(min=1))).cpu().numpy()
+    return areas
 
 
 def _refuse_not_finite(best: Tensor, users: Int64Array) -> None:

@@ -23,6 +23,7 @@ from features.parts import PartRows, write_part
 from pipeline.comparison.records import NO_FEATURES
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.errors import ConfigError
+from pipeline.measuring import beyond_accuracy, by_group
 from pipeline.progress import SILENT, Progress, Reporter
 from pipeline.reading import (
     Dataset,
@@ -232,10 +233,15 @@ def _train_and_measure(
     model.eval()
     scorer = model.scorer(table)
     valid = evaluate_part(scorer, split, "valid", config.evaluation, device=device)
-    test = evaluate_part(scorer, split, "test", config.evaluation, device=device)  # once, after the choice
+    test = evaluate_part(  # once, after the choice
+        scorer, split, "test", config.evaluation, device=device, keep_lists=True
+    )
     evaluate_seconds = time.perf_counter() - started
     _write_model(draft, model, table, dataset)
-    _write_metrics(draft, valid, test)
+    items = pl.read_parquet(data.path("items.parquet"))
+    more = beyond_accuracy(test, split, table, items, config.evaluation)
+    _write_metrics(draft, valid, test, more)
+    by_group(test, split, table, config.evaluation).write_parquet(draft.path("groups.parquet"))
     trained.history_frame().write_parquet(draft.path("history.parquet"))
     monitor = config.training.monitor
     draft.record(
@@ -292,11 +298,12 @@ def _write_model(draft: Draft, model: Recommender, table: FeatureTable, dataset:
         write_part(draft.path(name), PartRows(ids, absent, ["ok"] * len(ids), absent, array))
 
 
-def _write_metrics(draft: Draft, valid: Evaluation, test: Evaluation) -> None:
+def _write_metrics(draft: Draft, valid: Evaluation, test: Evaluation, more: Mapping[str, float]) -> None:
+    """Write what was measured; what lists are like beyond accuracy is known of the test part only."""
     rows = [
         {"part": part, "metric": metric, "value": value}
-        for part, evaluation in (("valid", valid), ("test", test))
-        for metric, value in evaluation.metrics.items()
+        for part, metrics in (("valid", valid.metrics), ("test", {**test.metrics, **more}))
+        for metric, value in metrics.items()
     ]
     pl.DataFrame(rows).write_parquet(draft.path("metrics.parquet"))
     test.per_user.write_parquet(draft.path("per_user.parquet"))

@@ -263,3 +263,91 @@ def test_evaluation_on_a_gpu_equals_the_cpus() -> None:
     )
     assert on_gpu.metrics == on_cpu.metrics
     assert on_gpu.per_user.equals(on_cpu.per_user)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auc_equals_the_loop_over_pairs(ties: bool) -> None:
+    world = random_world(n_users=20, n_items=30)
+    scores = np.random.default_rng(1).standard_normal((20, 30), dtype=np.float32)
+    if ties:
+        scores = tied_scores(world)
+    config = EvaluationConfig(ks=(5,), block_users=6, auc=True)
+    result = evaluate(scorer_of(scores), world.split.test, world.split.train, config)
+    relevant, seen = items_of(world.split.test), items_of(world.split.train)
+    for row in result.per_user.iter_rows(named=True):
+        user = row["user_row"]
+        good = relevant[user]
+        bad = set(range(30)) - good - seen.get(user, set())
+        wins = [
+            1.0 if scores[user, i] > scores[user, j] else 0.5 if scores[user, i] == scores[user, j] else 0.0
+            for i in good
+            for j in bad
+            if i not in seen.get(user, set())
+        ]
+        assert row["auc"] == pytest.approx(sum(wins) / (len(good) * len(bad)), abs=1e-9)
+    assert result.metrics["auc"] == pytest.approx(result.per_user["auc"].mean())
+
+
+def test_candidates_leave_only_warm_or_only_cold_items() -> None:
+    train = interactions_of([(0, 0), (1, 1)], n_users=2, n_items=5)
+    test = interactions_of([(0, 1), (0, 3), (1, 4)], n_users=2, n_items=5)
+    scores = np.array([[9, 8, 7, 6, 5], [9, 8, 7, 6, 5]], np.float32)
+    cold = evaluate(
+        scorer_of(scores), test, train, EvaluationConfig(ks=(2,), candidates="cold"), keep_lists=True
+    )
+    assert cold.lists is not None
+    assert cold.lists.tolist() == [[2, 3], [2, 3]]
+    assert cold.per_user["recall@2"].to_list() == [1.0, 0.0]
+    warm = evaluate(
+        scorer_of(scores), test, train, EvaluationConfig(ks=(2,), candidates="warm"), keep_lists=True
+    )
+    assert warm.lists is not None
+    assert warm.lists.tolist() == [[1, -1]]
+    assert warm.n_skipped == 1
+    nothing = interactions_of([(0, 3)], n_users=2, n_items=5)
+    with pytest.raises(TrainingError, match="has held-out items among the warm ones"):
+        evaluate(scorer_of(scores), nothing, train, EvaluationConfig(ks=(2,), candidates="warm"))
+
+
+def test_kept_lists_are_the_plain_ranking_with_its_hits() -> None:
+    world = random_world(n_users=15, n_items=12)
+    scores = np.random.default_rng(2).standard_normal((15, 12), dtype=np.float32)
+    config = EvaluationConfig(ks=(3, 10), block_users=4)
+    kept = evaluate(scorer_of(scores), world.split.test, world.split.train, config, keep_lists=True)
+    assert kept.lists is not None
+    assert kept.hits is not None
+    relevant, seen = items_of(world.split.test), items_of(world.split.train)
+    for place, user in enumerate(kept.per_user["user_row"].to_list()):
+        ranking = plain_ranking(scores[user], seen.get(user, set()), 10)
+        assert kept.lists[place].tolist() == ranking + [-1] * (10 - len(ranking))
+        assert kept.hits[place].tolist() == [item in relevant[user] for item in kept.lists[place].tolist()]
+    plain = evaluate(scorer_of(scores), world.split.test, world.split.train, config)
+    assert plain.lists is None
+    assert plain.metrics == kept.metrics
+
+
+def test_ranking_metrics_equal_trec_eval_s() -> None:
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="a development package")
+    world = random_world(n_users=40, n_items=80)
+    scores = np.random.default_rng(3).standard_normal((40, 80), dtype=np.float32)
+    ks = (5, 10, 20)
+    result = evaluate(scorer_of(scores), world.split.test, world.split.train, EvaluationConfig(ks=ks))
+    relevant, seen = items_of(world.split.test), items_of(world.split.train)
+    judged = {str(user): {str(item): 1 for item in items} for user, items in relevant.items()}
+    run = {
+        str(user): {
+            str(item): float(scores[user, item]) for item in range(80) if item not in seen.get(user, set())
+        }
+        for user in relevant
+    }
+    lengths = ",".join(map(str, ks))
+    asked = {f"recall.{lengths}", f"P.{lengths}", f"ndcg_cut.{lengths}", f"success.{lengths}", "recip_rank"}
+    theirs = pytrec_eval.RelevanceEvaluator(judged, asked).evaluate(run)
+    names = {"recall": "recall", "precision": "P", "ndcg": "ndcg_cut", "hit_rate": "success"}
+    for row in result.per_user.iter_rows(named=True):
+        other = theirs[str(row["user_row"])]
+        for ours, name in names.items():
+            for k in ks:
+                assert row[f"{ours}@{k}"] == pytest.approx(other[f"{name}_{k}"], abs=1e-6), (ours, k)
+        expected = other["recip_rank"] if other["recip_rank"] >= 1 / 20 else 0.0
+        assert row["mrr@20"] == pytest.approx(expected, abs=1e-6)
