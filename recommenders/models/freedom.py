@@ -29,11 +29,11 @@ from recommenders.models.base import Recommender, batch_items, rows_of, xavier_u
 from recommenders.sampling import Batch
 
 SEARCH = {"edge_dropout": (0.8, 0.9), "feature_weight": (0.0, 1e-5, 1e-4, 1e-3)}
-"""Sec. 4.1.4."""
+"""As in the authors' configuration."""
 
 
 class FreedomConfig(BaseModel, frozen=True, extra="forbid"):
-    """Settings of FREEDOM; defaults and ranges as in sec. 4.1.4 and the authors' configuration."""
+    """Settings of FREEDOM; defaults and ranges as in the authors' configuration."""
 
     dim: PositiveInt = Field(64, description="Length of a user's and an item's embedding.")
     n_layers: PositiveInt = Field(2, description="Times embeddings are propagated between users and items.")
@@ -46,13 +46,13 @@ class FreedomConfig(BaseModel, frozen=True, extra="forbid"):
         0.8,
         ge=0,
         lt=1,
-        description="Share of user-item pairs left out of the graph in an epoch; the paper tries 0.8, 0.9.",
+        description="Share of user-item pairs left out of the graph in an epoch; tried: 0.8, 0.9.",
     )
     feature_weight: NonNegativeFloat = Field(
-        1e-3, description="Weight of ranking by features alone; the paper tries 0, 1e-5, 1e-4, 1e-3."
+        1e-3, description="Weight of ranking by features alone; tried: 0, 1e-5, 1e-4, 1e-3."
     )
     l2: NonNegativeFloat = Field(
-        0.0, description="Weight of the squared length of the unpropagated embeddings; the paper has none."
+        0.0, description="Weight of the squared length of the unpropagated embeddings; the authors have none."
     )
     block_rows: NonNegativeInt = Field(
         0, description="Items whose neighbours are searched at once; 0 chooses them for 128 MiB."
@@ -62,15 +62,16 @@ class FreedomConfig(BaseModel, frozen=True, extra="forbid"):
 class Freedom(Recommender):
     """h_u from the user-item graph; h_i from it, plus the item's embedding smoothed over the item graph.
 
-    Item graph (eq. 1 to 4): per modality the k nearest items by cosine, each edge 1, D^-1/2 S D^-1/2 with
-    the sums of rows in D, blended by shares. It is frozen: built from the table given to the constructor, and
-    anew only for another constant table or by ``refresh_graph``. Live rows leave it as it is, and get their
-    gradient from the second part of the loss.
+    Item graph ("Constructing frozen item-item graph"): per modality the k nearest items by cosine, each edge
+    1, D^-1/2 S D^-1/2 with the sums of rows in D, blended by shares. It is frozen: built from the table given
+    to the constructor, and anew only for another constant table or by ``refresh_graph``. Live rows leave it
+    as it is, and get their gradient from the second part of the loss.
 
-    User-item graph (eq. 5 to 8): each epoch keeps a part of the pairs, drawn without replacement with chances
-    proportional to 1 / sqrt(degree(u) degree(i)), and normalises what is left. Scores use all pairs.
+    User-item graph ("Denoising user-item bipartite graph"): each epoch keeps a part of the pairs, drawn
+    without replacement with chances proportional to 1 / sqrt(degree(u) degree(i)), and normalises what is
+    left. Scores use all pairs.
 
-    Loss of a batch: BPR, plus feature_weight times the sum over modalities of BPR on h_u . W_m f_i (eq. 13).
+    Loss of a batch: BPR, plus feature_weight times the sum over modalities of BPR on h_u . W_m f_i.
     The bias of W_m f_i + b_m is left out, as BPR cancels it. The authors' code also trains a copy of the
     features; here features are an argument, and trained where joint training makes them live.
     """
@@ -135,7 +136,7 @@ class Freedom(Recommender):
         return loss
 
     def _embed(self, adjacency: Tensor, features: FeatureTable) -> tuple[Tensor, Tensor]:
-        """Return h_u and h_i (eq. 9 to 12)."""
+        """Return h_u and h_i."""
         nodes = mean_propagation(adjacency, torch.cat([self.users, self.items]), self.config.n_layers)
         alike = self._item_graph(features).propagate(self.items, self.config.n_item_layers)
         return nodes[: self.n_users], nodes[self.n_users :] + alike

@@ -34,11 +34,11 @@ SEARCH = {
     "l2": (0.0, 1e-5, 1e-4, 1e-3),
     "training.learning_rate": (1e-4, 5e-4, 1e-3, 5e-3),
 }
-"""Sec. 3.1.4."""
+"""As in the authors' configuration and MMRec's."""
 
 
 class LatticeConfig(BaseModel, frozen=True, extra="forbid"):
-    """Settings of LATTICE; defaults and ranges as in sec. 3.1.4 of the paper and the authors' code."""
+    """Settings of LATTICE; defaults and ranges as in the authors' configuration and MMRec's."""
 
     dim: PositiveInt = Field(64, description="Length of a user's and an item's embedding.")
     feature_dim: PositiveInt = Field(64, description="Length that features are projected to, for the graph.")
@@ -65,11 +65,11 @@ class LatticeConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class Lattice(Recommender):
-    """x_i = the backbone's item embedding plus h_i / |h_i|, h from the latent item graph (eq. 9 to 11).
+    """x_i = the backbone's item embedding plus h_i / |h_i|, h from the latent item graph.
 
     A modality's graph is lambda S + (1 - lambda) A: S of the features as given, A of W_m f_i + b_m, both the
-    k nearest items by cosine, negative cosines as 0, then D^-1/2 S D^-1/2 (eq. 1 to 6). The graphs are added
-    with the weights softmax(a) (eq. 7), a learned. An item without a modality has no edges there.
+    k nearest items by cosine, negative cosines as 0, then D^-1/2 S D^-1/2 (eq. 1 to 3). The graphs are added
+    with the weights softmax(a), a learned. An item without a modality has no edges there.
 
     What changes when: S is built from the table given to the constructor, and anew for another constant table
     or by ``refresh_graph``. Which items are A's neighbours is decided at the start of each epoch (and for
@@ -112,9 +112,9 @@ class Lattice(Recommender):
     @override
     def start_epoch(self, features: FeatureTable) -> None:
         """Choose the neighbours of the learned graph anew."""
-        if not self._seen.are(features) and not _any_live(features):
+        if not self._seen.are(features) and not are_live(features):
             self.refresh_graph(features)
-        elif self._projections_moved() or _any_live(features):
+        elif self._projections_moved() or are_live(features):
             self._learned = self._learned_edges(features)
             self._learned_by = self._copies()
         self._held = None
@@ -231,8 +231,3 @@ class Lattice(Recommender):
             then.device == now.device and torch.equal(then, now)
             for then, now in zip(self._learned_by, parts, strict=True)
         )
-
-
-def _any_live(features: FeatureTable) -> bool:
-    """Tell whether rows carry gradient, wherever it is asked."""
-    return any(table.requires_grad for table in features.vectors.values())

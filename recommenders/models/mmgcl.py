@@ -28,7 +28,7 @@ SEARCH = {"ssl_weight": (0.1, 0.2, 0.5, 1.0), "ssl_temperature": (0.1, 0.2, 0.5,
 
 
 class MmgclConfig(BaseModel, frozen=True, extra="forbid"):
-    """Settings of MMGCL; defaults and ranges as in sec. 4 of the paper and the authors' configuration."""
+    """Settings of MMGCL; defaults and ranges as in the authors' configuration."""
 
     dim: PositiveInt = Field(64, description="Length of a user's and an item's embedding, and of each part.")
     n_layers: PositiveInt = Field(3, description="Times embeddings are propagated between users and items.")

@@ -55,19 +55,20 @@ class MmgcnConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class Mmgcn(Recommender):
-    """u = sum over modalities of u_m, i likewise (eq. 7), from one network a modality.
+    """u = sum over modalities of u_m, i likewise, from one network a modality.
 
-    A layer turns x, (U + I, D), into g(h, x^) with h = LeakyReLU(mean over neighbours of W1 x) (eq. 2), the
-    node x^ = LeakyReLU(W2 x) + the embedding of its id (eq. 4), and g = LeakyReLU(W3 [h, x^]) (eq. 3) or
-    LeakyReLU(W3 h + x^) (eq. 5). W2 and W3 have biases, as in the authors' code. The first x of an item is
-    its projected features, of a user a preference per modality. A node without neighbours has h = 0.
+    A layer turns x, (U + I, D), into g(h, x^) with h = LeakyReLU(mean over neighbours of W1 x), the paper's
+    aggregation layer with f_avg; x^ = LeakyReLU(W2 x) + the embedding of the node's id; and, its combination
+    layer, g = LeakyReLU(W3 [h, x^]) or LeakyReLU(W3 h + x^). W2 and W3 have biases, as in the authors' code.
+    The first x of an item is its projected features, of a user a preference per modality. A node without
+    neighbours has h = 0.
 
     Loss of a batch of B rows (u, i, j...): BPR, plus l2 / 2 times the mean over rows of the squares of the id
-    embeddings of u, i and j and of u's preferences (eq. 9).
+    embeddings of u, i and j and of u's preferences.
 
     Ids and preferences are parameters here; in the authors' code they are plain tensors, which their
-    optimiser never sees. Their code divides the sum over modalities by the number of them, which ranks the
-    same, and skips the projection of texts; the paper says nothing of a projection.
+    optimiser never sees. Their code divides the sum over modalities by the number of them, which orders items
+    the same, and skips the projection of texts; the paper says nothing of a projection.
     """
 
     needs_features = True

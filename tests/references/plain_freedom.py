@@ -15,14 +15,14 @@ from tests.references.plain_item_graph import dense_knn, dense_normalised
 def item_graph(
     features: Mapping[str, Floats], present: Mapping[str, Floats], shares: Mapping[str, float], k: int
 ) -> Floats:
-    """Eq. 1 to 4: unweighted nearest items of each modality, normalised, blended."""
+    """Unweighted nearest items of each modality, normalised, blended."""
     return sum(
         shares[name] * dense_normalised(dense_knn(features[name], present[name], k)) for name in features
     )
 
 
 def embeddings(p: Parameters, adjacency: Floats, graph: Floats, n_layers: int) -> tuple[Floats, Floats]:
-    """Eq. 9 to 12."""
+    """LightGCN on users and items, plus the items smoothed over their graph."""
     n_users = len(p["users"])
     nodes = mean_of_layers(adjacency, np.concatenate([p["users"], p["items"]]), n_layers)
     return nodes[:n_users], nodes[n_users:] + graph @ p["items"]
@@ -39,7 +39,7 @@ def loss(
     feature_weight: float,
     l2: float,
 ) -> float:
-    """Eq. 13, with L2 on the parameters of the batch."""
+    """BPR on embeddings and on features, with L2 on the parameters of the batch."""
     users, items, drawn = batch
     h_users, h_items = embeddings(p, adjacency, graph, n_layers)
     total = bpr(h_users, h_items, batch)

@@ -18,7 +18,7 @@ def graph_on(chosen: Floats, vectors: Floats) -> Floats:
 
 
 def projected(p: Parameters, name: str, features: Mapping[str, Floats]) -> Floats:
-    """Eq. 4."""
+    """High-level features W f + b."""
     return features[name] @ p[f"projections.{name}"] + p[f"biases.{name}"]
 
 
@@ -41,7 +41,7 @@ def embeddings(
     n_layers: int,
     n_item_layers: int = 1,
 ) -> tuple[Floats, Floats]:
-    """Eq. 4 to 11."""
+    """LightGCN, plus the unit embeddings from the sum of all item graphs."""
     weights = softmax(p["importance"]) if "importance" in p else [1.0]
     graph = 0.0
     for weight, (name, vectors) in zip(weights, features.items(), strict=True):

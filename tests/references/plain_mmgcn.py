@@ -25,7 +25,7 @@ def mean_over_neighbours(matrix: Floats) -> Floats:
 def embeddings(
     p: Parameters, mean: Floats, features: Mapping[str, Floats], n_layers: int, combination: str
 ) -> Floats:
-    """(U + I, D), eq. 2 to 7."""
+    """(U + I, D), layer by layer, summed over modalities."""
     total = 0.0
     for name, vectors in features.items():
         own = {key.removeprefix(f"networks.{name}."): value for key, value in p.items()}
@@ -44,7 +44,7 @@ def embeddings(
 
 
 def loss(p: Parameters, final: Floats, batch: PlainBatch, n_users: int, l2: float) -> float:
-    """Eq. 8 and 9."""
+    """BPR, and L2 on the ids and preferences of the batch."""
     users, items, drawn = batch
     own = [p["ids"][users], p["ids"][n_users + items], p["ids"][n_users + drawn]]
     own += [value[users] for key, value in p.items() if key.endswith("preferences")]
