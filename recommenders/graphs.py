@@ -170,7 +170,8 @@ class _SymmetricPropagation(torch.autograd.Function):
         total = embeddings
         for _ in range(n_layers):
             total = sparse_product(adjacency, total.contiguous()).add_(embeddings)
-        return total / (n_layers + 1)
+        # In place where the total is ours, not the caller's.
+        return total.mul_(1 / (n_layers + 1)) if n_layers else total.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
