@@ -10,20 +10,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
-from scipy import sparse
 from torch import Tensor
 from torch.nn.functional import normalize
 from typing_extensions import override
 
+from recommenders.co_occurrence import co_occurrence_neighbours
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import cosine_neighbours
-from recommenders.interactions import Float32Array, Int64Array, Interactions
+from recommenders.interactions import Interactions
 from recommenders.models.base import Recommender, Scorer
 from recommenders.ranges import Between, Range
-
-_BLOCK_ITEMS = 4096
-"""Items whose co-occurrences with all others, a sparse matrix, are held at once."""
-
 
 SEARCH: dict[str, Range] = {"k": Between(low=5, high=1000), "shrinkage": Between(low=0.0, high=1000.0)}
 SEARCH_CONTENT: dict[str, Range] = {"k": Between(low=5, high=1000)}
@@ -109,7 +105,13 @@ class ItemKnn(_NeighbourLists):
         self, train: Interactions, features: FeatureTable, config: ItemKnnConfig, rng: np.random.Generator
     ) -> None:
         super().__init__(train, features, config, rng)
-        neighbours, similarities = _co_occurrence_neighbours(train, config.k, config.shrinkage)
+        matrix = train.csr().T.tocsr()  # (I, U)
+        lengths = np.sqrt(np.diff(matrix.indptr).astype(np.float64))
+        neighbours, similarities = co_occurrence_neighbours(
+            matrix,
+            config.k,
+            lambda common, i, j: common / (lengths[i] * lengths[j] + config.shrinkage),
+        )
         self.register_buffer("neighbours", torch.from_numpy(neighbours), persistent=False)
         self.register_buffer("similarities", torch.from_numpy(similarities), persistent=False)
 
@@ -145,29 +147,3 @@ class ItemKnnContent(_NeighbourLists):
         """Find the neighbour lists of these features, in I x k memory; a block of users adds up theirs."""
         tables = [normalize(vectors.float(), dim=1) for vectors in features.vectors.values()]
         return self._scorer_of(*cosine_neighbours(torch.cat(tables, dim=1), self.k))
-
-
-def _co_occurrence_neighbours(
-    train: Interactions, k: int, shrinkage: float
-) -> tuple[Int64Array, Float32Array]:
-    """Return (I, k) neighbours and similarities; where an item has fewer, item 0 with similarity 0."""
-    n_items = train.n_items
-    k = min(k, max(n_items - 1, 1))
-    by_user = train.csr()
-    by_item = by_user.T.tocsr()  # (I, U)
-    lengths = np.sqrt(np.diff(by_item.indptr).astype(np.float64))
-    neighbours = np.zeros((n_items, k), dtype=np.int64)
-    similarities = np.zeros((n_items, k), dtype=np.float32)
-    for start in range(0, n_items, _BLOCK_ITEMS):
-        together = sparse.coo_matrix(by_item[start : start + _BLOCK_ITEMS] @ by_user)
-        rows, columns = start + together.row.astype(np.int64), together.col.astype(np.int64)
-        others = rows != columns
-        rows, columns = rows[others], columns[others]
-        values = together.data[others] / (lengths[rows] * lengths[columns] + shrinkage)
-        order = np.lexsort((columns, -values, rows))  # by item, the most similar first
-        rows, columns, values = rows[order], columns[order], values[order]
-        places = np.arange(len(rows)) - np.searchsorted(rows, rows)
-        kept = places < k
-        neighbours[rows[kept], places[kept]] = columns[kept]
-        similarities[rows[kept], places[kept]] = values[kept]
-    return neighbours, similarities

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import normalize
 from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
@@ -78,11 +78,13 @@ class LayerGcn(Recommender):
         pruned = self._pruned if self.training else None
         adjacency = self.adjacency if pruned is None else pruned
         layer: Tensor = self.embeddings
+        directions = normalize(self.embeddings, dim=1)
         layers: list[Tensor] = []
         for _ in range(self.n_layers):
             layer = symmetric_product(adjacency, layer)
-            likeness = cosine_similarity(layer, self.embeddings, dim=1)
-            layer = (likeness + _EPSILON).unsqueeze(1) * layer
+            lengths = layer.square().sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
+            likeness = (layer * directions).sum(dim=1, keepdim=True) / lengths
+            layer = (likeness + _EPSILON) * layer
             layers.append(layer)
         total = torch.stack(layers).sum(dim=0)
         return total[: self.n_users], total[self.n_users :]

@@ -21,7 +21,7 @@ from recommenders.interactions import Interactions
 from recommenders.item_graphs import ItemGraph, cosine_weights, knn_edges, normalised
 from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
-from recommenders.models.layers import Affine
+from recommenders.models.layers import Affine, chained
 from recommenders.propagation import KeptFor, UserItemMatrix
 from recommenders.sampling import Batch
 
@@ -130,7 +130,7 @@ class Mgcn(Recommender):
         items = self.embeddings[self.n_users :]
         item_parts = []
         for name, project in self.projections.items():
-            gate = torch.sigmoid(self.gates[name](project(features.vectors[name])))
+            gate = torch.sigmoid(chained(project, self.gates[name])(features.vectors[name]))
             graph = graphs[name].to(gate.device)
             item_parts.append(graph.propagate(items * gate, self.config.n_item_layers))
         return behaviour, [self.user_items.to_users(part) for part in item_parts], item_parts

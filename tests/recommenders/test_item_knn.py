@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from recommenders.feature_input import FeatureTable
-from recommenders.models import item_knn
 from recommenders.models.item_knn import ItemKnn, ItemKnnConfig, ItemKnnContent, ItemKnnContentConfig
 from tests.references.plain_item_knn import cosine, item_knn_scores
 from tests.worlds import World, interactions_of, random_world
@@ -103,12 +102,3 @@ def test_scores_on_interactions_match_the_plain_loop(k: int, shrinkage: float) -
                 expected[user, j] += similarity
     scores = knn_on_interactions(world, k=k, shrinkage=shrinkage).scorer(FeatureTable())(torch.arange(12))
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_lists_found_in_blocks_are_those_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = random_world(n_users=12, n_items=14)
-    whole = knn_on_interactions(world, k=4)
-    monkeypatch.setattr(item_knn, "_BLOCK_ITEMS", 3)
-    blocks = knn_on_interactions(world, k=4)
-    assert torch.equal(blocks.neighbours, whole.neighbours)
-    assert torch.equal(blocks.similarities, whole.similarities)
