@@ -75,6 +75,41 @@ def run(
 
 
 @app.command(rich_help_panel=WHOLE)
+def knockout(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of a whole run with one feature set; see docs/knockout.md.")
+    ],
+    out_file: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write the table as Markdown to this file.")
+    ] = None,
+    set_: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Replace each modality by noise, shuffled or constant features, or leave it out; show what is lost.
+
+    Examples: `tandem knockout shop.yaml` · `tandem knockout shop.yaml --set seeds='[0, 1]' -o table.md`
+    """
+    from pipeline.config import RunConfig, load_config
+    from pipeline.knockout import knockout_config, knockout_results, to_json, to_markdown, to_table
+    from pipeline.two_stage import PlainStages, run_two_stage
+
+    out = Output(as_json=json)
+    opened = open_store(store, out)
+    wanted, found = knockout_config(load_config(config, RunConfig, set_ or []))
+    stages = PlainStages(opened, out.reporter, force=force)
+    result = run_two_stage(wanted, stages, lambda stage: out.reporter.say(stage.line()))
+    assert result.comparison is not None  # noqa: S101 - a finished run has one
+    opened.name(wanted.name, result.comparison.artefact)
+    results = knockout_results(wanted, found, result)
+    if out_file is not None:
+        out_file.write_text(to_markdown(results, wanted), encoding="utf-8")
+    document = {"knockouts": to_json(results), "comparison": result.comparison.artefact.ref}
+    out.show(document, to_table(results, wanted))
+
+
+@app.command(rich_help_panel=WHOLE)
 def config(
     set_: SetOption = None,
     store: StoreOption = DEFAULT_STORE,
