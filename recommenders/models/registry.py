@@ -29,6 +29,7 @@ from recommenders.models import (
     mmgcl,
     mmgcn,
     pgl,
+    selfcf,
     slmrec,
     smore,
     vbpr,
@@ -52,6 +53,7 @@ from recommenders.models.mmgcn import Mmgcn, MmgcnConfig
 from recommenders.models.pgl import Pgl, PglConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
 from recommenders.models.random_scores import RandomScores, RandomScoresConfig
+from recommenders.models.selfcf import SelfCf, SelfCfConfig
 from recommenders.models.slmrec import Slmrec, SlmrecConfig
 from recommenders.models.smore import Smore, SmoreConfig
 from recommenders.models.vbpr import Vbpr, VbprConfig
@@ -80,6 +82,7 @@ MODELS: dict[str, ModelEntry] = {
     "bpr": ModelEntry(BprMfConfig, BprMf, bpr_mf.SEARCH),
     "lightgcn": ModelEntry(LightGcnConfig, LightGcn, lightgcn.SEARCH),
     "layergcn": ModelEntry(LayerGcnConfig, LayerGcn, layergcn.SEARCH),
+    "selfcf": ModelEntry(SelfCfConfig, SelfCf, selfcf.SEARCH),
     "vbpr": ModelEntry(VbprConfig, Vbpr, vbpr.SEARCH),
     "mgcn": ModelEntry(MgcnConfig, Mgcn, mgcn.SEARCH),
     "smore": ModelEntry(SmoreConfig, Smore, smore.SEARCH),

@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, int]] = {
     "layergcn": {"dim": 4},
     "vbpr": {"dim": 4, "content_dim": 3},
     "bm3": {"dim": 4},
+    "selfcf": {"dim": 4},
     "pgl": {"dim": 4, "k": 4},
     "pgl": {"dim": 4, "k": 4},
     "dragon": {"dim": 4, "hidden_dim": 5, "k": 4},
@@ -57,7 +58,7 @@ NAMES = sorted(MODELS)
 READERS = [name for name in NAMES if MODELS[name].model.needs_features]
 OTHERS = [name for name in NAMES if name not in READERS]
 NOTHING = FeatureTable()
-WITHOUT_NEGATIVES = {"bm3"}
+WITHOUT_NEGATIVES = {"bm3", "selfcf"}
 """Models whose loss is no BPR and touches no negative."""
 NEGATIVES_UNTOUCHED = WITHOUT_NEGATIVES | {"slmrec"}
 """The same, and models whose default is to tell the positives of a batch apart."""
