@@ -142,8 +142,8 @@ class LgmRec(Recommender):
                     torch.unique(batch.positives),
                 )
                 loss = loss + self.config.contrast_weight * (by_user + by_item)
-        own = [rows_of(self.embeddings, nodes) for nodes in (batch.users, self.n_users + item_rows)]
-        return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
+        own = rows_of(self.embeddings, torch.cat([batch.users, self.n_users + item_rows.flatten()]))
+        return loss + self.config.l2 / len(batch.users) * half_squared_norm(own)
 
     def _local(self, features: FeatureTable) -> tuple[Tensor, list[Tensor]]:
         """Return LightGCN's (U + I, D) embeddings, and those by modality before they get length 1."""

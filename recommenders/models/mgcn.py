@@ -105,7 +105,9 @@ class Mgcn(Recommender):
         item_rows = batch_items(batch)
         user_rows, user_places = torch.unique(batch.users, return_inverse=True)
         rows, places = torch.unique(item_rows, return_inverse=True)
-        users, items = rows_of(behaviour, user_rows), rows_of(behaviour, self.n_users + rows)
+        # One gather for both ends: the backward of each fills a table of all nodes with zeros.
+        taken = rows_of(behaviour, torch.cat([user_rows, self.n_users + rows]))
+        users, items = taken[: len(user_rows)], taken[len(user_rows) :]
         fused_users = self._fuse(users, [rows_of(part, user_rows) for part in user_parts])
         fused_items = self._fuse(items, [rows_of(part, rows) for part in item_parts])
         scores = pair_scores(rows_of(users + fused_users, user_places), rows_of(items + fused_items, places))
@@ -120,8 +122,8 @@ class Mgcn(Recommender):
                 ]
             )
             loss = loss + self.config.contrast_weight * contrast.sum()
-        own = [rows_of(self.embeddings, nodes) for nodes in (batch.users, self.n_users + item_rows)]
-        return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
+        own = rows_of(self.embeddings, torch.cat([batch.users, self.n_users + item_rows.flatten()]))
+        return loss + self.config.l2 / len(batch.users) * half_squared_norm(own)
 
     def _propagate(self, features: FeatureTable) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return (U + I, D) behavioural embeddings, and h^m by modality, (U, D) and (I, D)."""

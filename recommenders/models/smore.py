@@ -128,7 +128,9 @@ class Smore(Recommender):
         item_rows = batch_items(batch)
         user_rows, user_places = torch.unique(batch.users, return_inverse=True)
         rows, places = torch.unique(item_rows, return_inverse=True)
-        users, items = rows_of(behaviour, user_rows), rows_of(behaviour, self.n_users + rows)
+        # One gather for both ends: the backward of each fills a table of all nodes with zeros.
+        taken = rows_of(behaviour, torch.cat([user_rows, self.n_users + rows]))
+        users, items = taken[: len(user_rows)], taken[len(user_rows) :]
         rate = self.config.preference_dropout if self.training else 0.0
         side_users = self._prefer(users, [rows_of(part, user_rows) for part in user_parts], rate)
         side_items = self._prefer(items, [rows_of(part, rows) for part in item_parts], rate)
@@ -144,8 +146,8 @@ class Smore(Recommender):
                 ]
             )
             loss = loss + self.config.contrast_weight * contrast.sum()
-        own = [rows_of(self.embeddings, nodes) for nodes in (batch.users, self.n_users + item_rows)]
-        return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
+        own = rows_of(self.embeddings, torch.cat([batch.users, self.n_users + item_rows.flatten()]))
+        return loss + self.config.l2 / len(batch.users) * half_squared_norm(own)
 
     def _propagate(self, features: FeatureTable) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return (U + I, D) behavioural embeddings, and (U, D) and (I, D) parts, the fused one last."""

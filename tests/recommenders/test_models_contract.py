@@ -36,7 +36,7 @@ SMALL: dict[str, dict[str, int]] = {
     "bm3": {"dim": 4},
     "selfcf": {"dim": 4},
     "pgl": {"dim": 4, "k": 4},
-    "pgl": {"dim": 4, "k": 4},
+    "grcn": {"dim": 4, "content_dim": 3},
     "dragon": {"dim": 4, "hidden_dim": 5, "k": 4},
     "dualgnn": {"dim": 4, "hidden_dim": 5},
     "lgmrec": {"dim": 4, "n_hyperedges": 3, "dropout": 0},
