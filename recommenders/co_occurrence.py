@@ -1,4 +1,4 @@
-"""Who has most in common with whom: neighbours of the rows of a sparse matrix, in blocks of bounded memory."""
+"""Who has most in common with whom: neighbours of the rows of a sparse matrix, block by block."""
 
 from __future__ import annotations
 

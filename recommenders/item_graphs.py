@@ -142,6 +142,35 @@ def blend(graphs: Mapping[str, ItemGraph], shares: Mapping[str, float]) -> ItemG
     return ItemGraph(Edges.between(sources[order], targets[order], n_nodes), weights[order])
 
 
+@torch.no_grad()
+def cosine_graph(vectors: Tensor, present: Tensor, k: int, block_rows: int = 0) -> ItemGraph:
+    """Return the kNN graph of one modality whose edges weigh their cosine, ``D^-1/2 S D^-1/2``.
+
+    Args:
+        vectors: (I, F) floats.
+        present: (I,) bool, which items have the modality.
+        k: Edges of an item, that to itself included.
+        block_rows: As for ``knn_edges``.
+    """
+    edges = knn_edges(vectors, present, k, block_rows)
+    return ItemGraph(edges, normalised(edges, cosine_weights(edges, vectors)))
+
+
+@torch.no_grad()
+def blended_even_graph(features: FeatureTable, k: int, image_share: float, block_rows: int = 0) -> ItemGraph:
+    """Return the blend over modalities of kNN graphs whose edges all weigh 1, ``D^-1/2 S D^-1/2``.
+
+    Source: Zhou and Shen, "A tale of two graphs: Freezing and denoising graph structures for multimodal
+    recommendation", MM 2023, eq. 1 to 4.
+    """
+    graphs = {}
+    for name, vectors in features.vectors.items():
+        edges = knn_edges(vectors, features.present[name], k, block_rows)
+        ones = torch.ones(len(edges.sources), device=vectors.device)
+        graphs[name] = ItemGraph(edges, normalised(edges, ones))
+    return blend(graphs, modality_shares(list(graphs), image_share))
+
+
 class SeenFeatures:
     """Remembers from which feature table something was made, without keeping the table alive.
 

@@ -16,7 +16,7 @@ from recommenders.co_occurrence import user_graph
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import user_item_adjacency
 from recommenders.interactions import Interactions
-from recommenders.item_graphs import ItemGraph, blend, knn_edges, modality_shares, normalised
+from recommenders.item_graphs import ItemGraph, blended_even_graph
 from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of
 from recommenders.models.dualgnn import ModalityGcn, modality_weights
@@ -96,7 +96,8 @@ class Dragon(Recommender):
         )
         items = torch.cat([part[self.n_users :] for part in parts], dim=1)
         alike = self._item_graph.of(features, training=self.training).to(items.device)
-        users = users + self._users_alike.to(users.device).propagate(users)
+        self._users_alike = self._users_alike.to(users.device)  # moved once, not in every step
+        users = users + self._users_alike.propagate(users)
         return users, items + alike.propagate(items, self.config.n_item_layers)
 
     @override
@@ -109,9 +110,4 @@ class Dragon(Recommender):
         return bpr_loss(scores) + self.config.l2 / len(batch.users) * penalty
 
     def _build(self, features: FeatureTable) -> ItemGraph:
-        graphs = {}
-        for name, vectors in features.vectors.items():
-            edges = knn_edges(vectors, features.present[name], self.config.k)
-            ones = torch.ones(len(edges.sources), device=vectors.device)
-            graphs[name] = ItemGraph(edges, normalised(edges, ones))
-        return blend(graphs, modality_shares(list(graphs), self.config.image_share))
+        return blended_even_graph(features, self.config.k, self.config.image_share)

@@ -98,7 +98,8 @@ class DualGnn(Recommender):
         nodes = torch.stack(parts, dim=2)  # (U + I, D, M)
         users = (nodes[: self.n_users] * self.weights.unsqueeze(1)).sum(dim=2)
         items = nodes[self.n_users :].sum(dim=2)
-        return users + self._users_alike.to(users.device).propagate(users), items
+        self._users_alike = self._users_alike.to(users.device)  # moved once, not in every step
+        return users + self._users_alike.propagate(users), items
 
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:

@@ -79,7 +79,7 @@ class Grcn(Recommender):
     @override
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
         """Refine the graph by content, then propagate ids over it."""
-        edges = self._to_all.to(self.embeddings.device)
+        edges = self._to_all = self._to_all.to(self.embeddings.device)  # moved once, not in every step
         content, weights = [], []
         for place, (name, project) in enumerate(self.projections.items()):
             nodes = self._prototypes(self.preferences[name], project(features.vectors[name]))
@@ -106,7 +106,7 @@ class Grcn(Recommender):
 
     def _prototypes(self, preference: Tensor, projected: Tensor) -> Tensor:
         """Return (U + I, C) prototypes of users after routing, and the items' content."""
-        edges = self._to_users.to(preference.device)
+        edges = self._to_users = self._to_users.to(preference.device)
         content = normalize(leaky_relu(projected), dim=1)
         prototypes = normalize(preference, dim=1)
         for _ in range(self.config.n_routings):

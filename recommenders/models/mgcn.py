@@ -18,7 +18,7 @@ from typing_extensions import override
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph, mean_propagation
 from recommenders.interactions import Interactions
-from recommenders.item_graphs import ItemGraph, cosine_weights, knn_edges, normalised
+from recommenders.item_graphs import ItemGraph, cosine_graph
 from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
 from recommenders.models.layers import Affine, chained
@@ -150,8 +150,7 @@ class Mgcn(Recommender):
         return shared + torch.stack(own).mean(dim=0)
 
     def _build(self, features: FeatureTable) -> dict[str, ItemGraph]:
-        graphs = {}
-        for name, vectors in features.vectors.items():
-            edges = knn_edges(vectors, features.present[name], self.config.k)
-            graphs[name] = ItemGraph(edges, normalised(edges, cosine_weights(edges, vectors)))
-        return graphs
+        return {
+            name: cosine_graph(vectors, features.present[name], self.config.k)
+            for name, vectors in features.vectors.items()
+        }

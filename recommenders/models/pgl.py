@@ -21,7 +21,7 @@ from typing_extensions import override
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph
 from recommenders.interactions import Interactions
-from recommenders.item_graphs import ItemGraph, blend, knn_edges, modality_shares, normalised
+from recommenders.item_graphs import ItemGraph, blended_even_graph
 from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
 from recommenders.models.layers import Affine
@@ -172,12 +172,7 @@ class Pgl(Recommender):
         return info_nce(one, other, self.config.temperature)
 
     def _build(self, features: FeatureTable) -> ItemGraph:
-        graphs = {}
-        for name, vectors in features.vectors.items():
-            edges = knn_edges(vectors, features.present[name], self.config.k)
-            ones = torch.ones(len(edges.sources), device=vectors.device)
-            graphs[name] = ItemGraph(edges, normalised(edges, ones))
-        return blend(graphs, modality_shares(list(graphs), self.config.image_share))
+        return blended_even_graph(features, self.config.k, self.config.image_share)
 
 
 def _principal(train: Interactions, n_components: int) -> tuple[Tensor, Tensor]:

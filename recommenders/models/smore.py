@@ -18,7 +18,7 @@ from typing_extensions import override
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph, mean_propagation
 from recommenders.interactions import Interactions
-from recommenders.item_graphs import Edges, ItemGraph, cosine_weights, knn_edges, normalised
+from recommenders.item_graphs import Edges, ItemGraph, cosine_graph
 from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
 from recommenders.models.layers import Affine
@@ -191,8 +191,7 @@ class Smore(Recommender):
         graphs = {}
         for name, vectors in features.vectors.items():
             k = self.config.image_k if name == "image" and self.config.image_k else self.config.k
-            edges = knn_edges(vectors, features.present[name], k)
-            graphs[name] = ItemGraph(edges, normalised(edges, cosine_weights(edges, vectors)))
+            graphs[name] = cosine_graph(vectors, features.present[name], k)
         return graphs | {_FUSED: _strongest(graphs)}
 
 
