@@ -49,6 +49,9 @@ SERVED = {
     "prepare-dataset": Served("flows.prepare_dataset", "prepare_dataset_flow", CPU, ("stage",)),
     "extract-features": Served("flows.extract_features", "extract_features_flow", GPU, ("stage", "gpu")),
     "build-index": Served("flows.build_index", "build_index_flow", GPU, ("stage", "gpu")),
+    "search-recommender": Served(
+        "flows.search_recommender", "search_recommender_flow", GPU, ("stage", "gpu")
+    ),
     "train-recommender": Served("flows.train_recommender", "train_recommender_flow", GPU, ("stage", "gpu")),
     "compare-features": Served("flows.compare_features", "compare_features_flow", CPU, ("stage",)),
     "two-stage": Served("flows.two_stage", "two_stage_flow", GPU, ("pipeline", "gpu"), NIGHTLY),

@@ -19,6 +19,7 @@ def train_recommender_flow(
     *,
     features: list[str] = [],  # noqa: B006 - never changed; the form wants a list
     config: RunSettings = DEFAULTS,
+    search: str = "",
     name: str = "",
     store: str = "",
     force: bool = False,
@@ -29,6 +30,7 @@ def train_recommender_flow(
         dataset: Name, reference or key of a dataset artefact.
         features: Feature artefacts to read, several of a modality if wanted; none where the model reads none.
         config: The recommender, its settings, how it is trained and measured.
+        search: Search artefact whose choice is put into the settings; they must be those it was given.
         name: Name to keep the run under; empty for none.
         store: Folder or address of the store; empty for the one that `tandem up` was started with.
         force: Make it again although the store has it.
@@ -45,7 +47,7 @@ def train_recommender_flow(
         NAME,
         store,
         lambda opened, reporter: train_recommender(
-            opened, dataset, features, config, reporter=reporter, force=force
+            opened, dataset, features, config, search=search, reporter=reporter, force=force
         ),
         name=name,
         following=following,

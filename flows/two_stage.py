@@ -17,6 +17,7 @@ from flows.compare_features import compare_features_flow
 from flows.extract_features import extract_features_flow
 from flows.prepare_dataset import prepare_dataset_flow
 from flows.reporting import TERMINAL, artifact_key, markdown_table, name_run, short
+from flows.search_recommender import search_recommender_flow
 from flows.shards import ALONE, Sharing
 from flows.tasks import CACHED, failed, store_address, value_of
 from flows.train_recommender import train_recommender_flow
@@ -26,6 +27,7 @@ from pipeline.datasets.config import DatasetConfig
 from pipeline.errors import USER_ERRORS
 from pipeline.stages.extract_features import FeaturesConfig
 from pipeline.stages.result import StageResult
+from pipeline.stages.search_recommender import SearchSettings
 from pipeline.stages.train_recommender import RunSettings
 from pipeline.store import Store
 from pipeline.two_stage import TwoStageResult, run_two_stage
@@ -82,9 +84,16 @@ class SubflowStages:
         """Index one feature artefact."""
         return self._run(build_index_flow, source=source, config=config)
 
-    def train(self, dataset: str, features: Sequence[str], config: RunSettings) -> StageResult:
-        """Train and measure one recommender with one seed."""
-        return self._run(train_recommender_flow, dataset=dataset, features=list(features), config=config)
+    def search(self, dataset: str, features: Sequence[str], config: SearchSettings) -> StageResult:
+        """Choose one recommender's settings on validation."""
+        return self._run(search_recommender_flow, dataset=dataset, features=list(features), config=config)
+
+    def train(
+        self, dataset: str, features: Sequence[str], config: RunSettings, search: str = ""
+    ) -> StageResult:
+        """Train and measure one recommender with one seed, with what a search chose if one is named."""
+        what = {"dataset": dataset, "features": list(features), "config": config, "search": search}
+        return self._run(train_recommender_flow, **what)
 
     def compare(self, runs: Sequence[str], config: ComparisonConfig) -> StageResult:
         """Compare all runs."""

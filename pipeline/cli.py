@@ -172,6 +172,9 @@ def train(
     ] = None,
     model: Annotated[str, typer.Option(help="`tandem recommenders` lists them.")] = "vbpr",
     seed: Annotated[int, typer.Option(help="Of initial parameters, sampling and order.")] = 0,
+    search: Annotated[
+        str, typer.Option(help="Search whose choice is trained, with its model and settings.")
+    ] = "",
     name: NameOption = "",
     set_: SetOption = None,
     store: StoreOption = DEFAULT_STORE,
@@ -180,17 +183,65 @@ def train(
 ) -> None:
     """Train one recommender on cached features and measure it.
 
-    Example: `tandem train shop -f tiny-image -f tiny-text --model vbpr --set training.epochs=50`
+    Examples: `tandem train shop -f tiny-image -f tiny-text --model vbpr --set training.epochs=50` ·
+    `tandem train shop -f tiny-image --search tuned-vbpr --seed 1`
     """
     from pipeline.config import parse_config, with_overrides
-    from pipeline.stages.train_recommender import RunSettings, train_recommender
+    from pipeline.stages.train_recommender import RunSettings, searched_settings, train_recommender
 
     out = Output(as_json=json)
-    raw = with_overrides({"model": model, "seed": seed}, set_ or [])
-    settings = parse_config(raw, RunSettings, "--set")
     opened = open_store(store, out)
-    result = train_recommender(opened, dataset, features or [], settings, reporter=out.reporter, force=force)
+    raw: dict[str, Any] = {"model": model}
+    if search:
+        raw = searched_settings(opened.get(search, "search")).model_dump(mode="json")
+    settings = parse_config(with_overrides(raw | {"seed": seed}, set_ or []), RunSettings, "--set")
+    result = train_recommender(
+        opened, dataset, features or [], settings, search=search, reporter=out.reporter, force=force
+    )
     _finish(out, opened, result, name)
+
+
+@app.command(rich_help_panel=STAGES)
+def search(
+    dataset: Annotated[str, typer.Argument(help="Name, key or folder of a dataset artefact.")],
+    features: Annotated[
+        list[str] | None,
+        typer.Option("--features", "-f", help="A feature artefact to read; repeat for more of them."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="`tandem recommenders` lists them.")] = "vbpr",
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try.")] = 20,
+    method: Annotated[Literal["grid", "random", "tpe"], typer.Option(help="How they are drawn.")] = "tpe",
+    seed: Annotated[int, typer.Option(help="Of training, the same in every trial.")] = 0,
+    name: NameOption = "",
+    set_: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Search one recommender's settings on validation; the test part is never read.
+
+    Stopped or killed, the same command goes on with the finished trials.
+
+    Examples: `tandem search shop -f tiny-image -f tiny-text --model vbpr --trials 20 --name tuned-vbpr` ·
+    `tandem search shop --model bpr --method grid --set 'search.ranges.bpr.l2=[0.1, 0.01]'`, then
+    `tandem train shop -f tiny-image -f tiny-text --search tuned-vbpr`
+    """
+    from pipeline.config import parse_config, with_overrides
+    from pipeline.searching import search_document, search_table
+    from pipeline.stages.search_recommender import SearchSettings, search_recommender
+
+    out = Output(as_json=json)
+    raw = {"model": model, "seed": seed, "search": {"n_trials": trials, "method": method}}
+    settings = parse_config(with_overrides(raw, set_ or []), SearchSettings, "--set")
+    opened = open_store(store, out)
+    result = search_recommender(opened, dataset, features or [], settings, reporter=out.reporter, force=force)
+    if name:
+        opened.name(name, result.artefact)
+    if out.as_json:
+        out.show({**result.to_json(), **search_document(result.artefact)})
+    else:
+        out.console.print(search_table(result.artefact))
+        out.show({}, result.line())
 
 
 @app.command(rich_help_panel=STAGES)

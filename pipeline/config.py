@@ -23,6 +23,7 @@ from pipeline.reading import ReadingConfig
 from recommenders.evaluation import EvaluationConfig
 from recommenders.metrics import metric_names
 from recommenders.models.registry import MODELS, Setting, model_config
+from recommenders.search_space import SearchConfig, search_space
 from recommenders.training import TrainingConfig
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -84,6 +85,27 @@ class RecommenderConfig(BaseModel, frozen=True, extra="forbid"):
         return MODELS[self.model].model.needs_features
 
 
+class RunSearchConfig(SearchConfig, frozen=True, extra="forbid"):
+    """Whether and how settings are searched before recommenders are trained; one budget for all of them."""
+
+    enabled: bool = Field(
+        False,
+        description="Search the settings of every recommender on every feature set, on validation, with the "
+        "first seed, then train with all seeds; true where any other setting of the search is given.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _enabled_by_use(cls, raw: object) -> object:
+        if isinstance(raw, Mapping) and raw and "enabled" not in raw:
+            return {**raw, "enabled": True}
+        return raw
+
+    def plain(self) -> SearchConfig:
+        """Return how settings are searched, where they are."""
+        return SearchConfig.model_validate(self.model_dump(exclude={"enabled"}))
+
+
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
     """A dataset, the feature sets to compare, and the recommenders that read them, over several seeds."""
 
@@ -102,9 +124,17 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     reading: ReadingConfig = Field(default_factory=ReadingConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    search: RunSearchConfig = Field(default_factory=RunSearchConfig)
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="One run of each recommender a seed.")
     device: DeviceChoice = Field("auto", description="`auto` takes the GPU where there is one.")
     comparison: ComparisonConfig = Field(default_factory=ComparisonConfig)
+
+    @model_validator(mode="after")
+    def _searchable(self) -> RunConfig:
+        """Refuse a range for a setting that is given, before anything is computed."""
+        for recommender in self.recommenders if self.search.enabled else ():
+            search_space(recommender.model, self.search, recommender.settings)
+        return self
 
     @model_validator(mode="after")
     def _measured(self) -> RunConfig:

@@ -30,7 +30,7 @@ __all__ = [
     "artefact_key",
 ]
 
-Kind = Literal["dataset", "encoder", "features", "index", "graph", "run", "comparison"]
+Kind = Literal["dataset", "encoder", "features", "index", "graph", "search", "run", "comparison"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FORMAT_VERSIONS: dict[Kind, int] = {
@@ -39,6 +39,7 @@ FORMAT_VERSIONS: dict[Kind, int] = {
     "features": 1,
     "index": 1,
     "graph": 1,
+    "search": 1,
     "run": 1,
     "comparison": 1,
 }

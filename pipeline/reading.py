@@ -86,6 +86,15 @@ class Dataset:
     split: Split
 
 
+@dataclass(frozen=True)
+class ChoosingData:
+    """What of a dataset artefact choices may be made on: it has no test part to look at."""
+
+    item_ids: list[str]
+    train: Interactions
+    valid: Interactions
+
+
 def read_catalogue(dataset: Artefact) -> Catalogue:
     """Read the items of a dataset artefact with the place of their pictures."""
     items = pl.read_parquet(dataset.path("items.parquet"))
@@ -98,26 +107,34 @@ def read_catalogue(dataset: Artefact) -> Catalogue:
 
 def read_dataset(dataset: Artefact) -> Dataset:
     """Read ids, interactions and split of a dataset artefact."""
+    item_ids, user_ids = _read_ids(dataset)
+    parts = _read_parts(dataset, SPLIT_LABELS, len(user_ids), len(item_ids))
+    split = Split(**parts, rule=str(dataset.manifest.facts.get("split_rule", "given")))
+    return Dataset(item_ids=item_ids, user_ids=user_ids, split=split)
+
+
+def read_for_choosing(dataset: Artefact) -> ChoosingData:
+    """Read training and validation pairs of a dataset artefact; test pairs are left in the file."""
+    item_ids, user_ids = _read_ids(dataset)
+    return ChoosingData(item_ids, **_read_parts(dataset, SPLIT_LABELS[:2], len(user_ids), len(item_ids)))
+
+
+def _read_ids(dataset: Artefact) -> tuple[list[str], list[str]]:
     item_ids = pl.read_parquet(dataset.path("items.parquet"), columns=["item_id"])["item_id"].to_list()
     user_ids = pl.read_parquet(dataset.path("users.parquet"), columns=["user_id"])["user_id"].to_list()
-    table = pl.read_parquet(dataset.path("interactions.parquet"))
-    parts = {label: table.filter(pl.col("split") == label) for label in SPLIT_LABELS}
+    return item_ids, user_ids
 
-    def interactions(part: pl.DataFrame) -> Interactions:
-        return Interactions(
-            user_rows=part["user_row"].to_numpy().astype(np.int64),
-            item_rows=part["item_row"].to_numpy().astype(np.int64),
-            n_users=len(user_ids),
-            n_items=len(item_ids),
-        )
 
-    split = Split(
-        train=interactions(parts["train"]),
-        valid=interactions(parts["valid"]),
-        test=interactions(parts["test"]),
-        rule=str(dataset.manifest.facts.get("split_rule", "given")),
-    )
-    return Dataset(item_ids=item_ids, user_ids=user_ids, split=split)
+def _read_parts(
+    dataset: Artefact, labels: Sequence[str], n_users: int, n_items: int
+) -> dict[str, Interactions]:
+    table = pl.scan_parquet(dataset.path("interactions.parquet"))
+    parts = {}
+    for label in labels:
+        rows = table.filter(pl.col("split") == label).select("user_row", "item_row").collect()
+        users, items = (rows[name].to_numpy().astype(np.int64) for name in rows.columns)
+        parts[label] = Interactions(users, items, n_users, n_items)
+    return parts
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pipeline.stages.compare_features import compare_features
 from pipeline.stages.extract_features import CONTROLS, FeaturesConfig, extract_features
 from pipeline.stages.prepare_dataset import prepare_dataset
 from pipeline.stages.result import StageResult
+from pipeline.stages.search_recommender import SearchSettings, search_recommender
 from pipeline.stages.train_recommender import RunSettings, train_recommender
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Stages(Protocol):
-    """The five stages, however they are run: as plain functions here, as Prefect subflows in ``flows``."""
+    """The stages, however they are run: as plain functions here, as Prefect subflows in ``flows``."""
 
     def prepare(self, config: DatasetConfig) -> StageResult:
         """Import, filter and split."""
@@ -37,8 +38,14 @@ class Stages(Protocol):
         """Index one feature artefact."""
         ...
 
-    def train(self, dataset: str, features: Sequence[str], config: RunSettings) -> StageResult:
-        """Train and measure one recommender with one seed."""
+    def search(self, dataset: str, features: Sequence[str], config: SearchSettings) -> StageResult:
+        """Choose one recommender's settings on validation."""
+        ...
+
+    def train(
+        self, dataset: str, features: Sequence[str], config: RunSettings, search: str = ""
+    ) -> StageResult:
+        """Train and measure one recommender with one seed, with what a search chose if one is named."""
         ...
 
     def compare(self, runs: Sequence[str], config: ComparisonConfig) -> StageResult:
@@ -66,10 +73,18 @@ class PlainStages:
         """Index one feature artefact."""
         return build_index(self.store, source, config, reporter=self.reporter, force=self.force)
 
-    def train(self, dataset: str, features: Sequence[str], config: RunSettings) -> StageResult:
-        """Train and measure one recommender with one seed."""
-        return train_recommender(
+    def search(self, dataset: str, features: Sequence[str], config: SearchSettings) -> StageResult:
+        """Choose one recommender's settings on validation."""
+        return search_recommender(
             self.store, dataset, features, config, reporter=self.reporter, force=self.force
+        )
+
+    def train(
+        self, dataset: str, features: Sequence[str], config: RunSettings, search: str = ""
+    ) -> StageResult:
+        """Train and measure one recommender with one seed, with what a search chose if one is named."""
+        return train_recommender(
+            self.store, dataset, features, config, search=search, reporter=self.reporter, force=self.force
         )
 
     def compare(self, runs: Sequence[str], config: ComparisonConfig) -> StageResult:
@@ -85,13 +100,15 @@ class TwoStageResult:
     features: dict[tuple[str, str], StageResult] = field(default_factory=dict)
     """(modality, encoder) -> feature artefact."""
     indexes: list[StageResult] = field(default_factory=list)
+    searches: list[StageResult] = field(default_factory=list)
     runs: list[StageResult] = field(default_factory=list)
     comparison: StageResult | None = None
 
     def all(self) -> list[StageResult]:
         """Every stage's result."""
         comparison = [self.comparison] if self.comparison else []
-        return [self.dataset, *self.features.values(), *self.indexes, *self.runs, *comparison]
+        made = [*self.features.values(), *self.indexes, *self.searches, *self.runs]
+        return [self.dataset, *made, *comparison]
 
 
 def run_two_stage(
@@ -126,9 +143,16 @@ def run_two_stage(
             result.indexes.append(note(stages.index(made.artefact.key, config.index)))
     for recommender in config.recommenders:
         for features in _feature_keys(config, recommender, result):
+            chosen = ""
+            wanted = _search_settings(config, recommender)
+            if wanted is not None:
+                found = note(stages.search(dataset.artefact.key, features, wanted))
+                result.searches.append(found)
+                chosen = found.artefact.key
             for seed in config.seeds:
                 settings = _run_settings(config, recommender, seed)
-                result.runs.append(note(stages.train(dataset.artefact.key, features, settings)))
+                run = stages.train(dataset.artefact.key, features, settings, search=chosen)
+                result.runs.append(note(run))
     result.comparison = note(stages.compare([run.artefact.key for run in result.runs], config.comparison))
     return result
 
@@ -161,3 +185,12 @@ def _run_settings(config: RunConfig, recommender: RecommenderConfig, seed: int) 
         seed=seed,
         device=config.device,
     )
+
+
+def _search_settings(config: RunConfig, recommender: RecommenderConfig) -> SearchSettings | None:
+    """What is searched of a recommender, with the first seed; None where nothing is."""
+    if not config.search.enabled:
+        return None
+    run = _run_settings(config, recommender, config.seeds[0])
+    settings = SearchSettings.model_validate({**run.model_dump(), "search": config.search.plain()})
+    return settings if settings.space() else None

@@ -120,7 +120,7 @@ def _row(measured: list[dict[str, Any]]) -> Row:
             )
             for of in measured
         },
-        costs={name: first[name] for name in COSTS if first[name] is not None},
+        costs={name: first[name] for name in COSTS if first.get(name) is not None},
         per_user=np.empty(0),
     )
 

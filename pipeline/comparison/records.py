@@ -44,7 +44,7 @@ class RunRecord:
     """How it was measured, as far as that changes a figure (block sizes do not)."""
     facts: Mapping[str, float] = field(default_factory=dict)
     """Costs: ``train_seconds``, ``evaluate_seconds``, ``feature_seconds``, ``feature_bytes``,
-    ``peak_memory_bytes``; what is missing shows as missing."""
+    ``peak_memory_bytes``, ``search_trials``, ``search_seconds``; what is missing shows as missing."""
 
     def users(self) -> NDArray[np.int64]:
         """Return (U,) rows of the users measured, ascending."""

@@ -72,6 +72,14 @@ def _head(comparison: Comparison) -> Iterator[str]:
         f"Dataset `{comparison.dataset[:KEY_SHOWN]}`, split `{comparison.split_fingerprint[:KEY_SHOWN]}`, "
         f"{comparison.n_users:,} users. All choices were made on validation; test is only reported."
     )
+    searched = [int(row.costs["search_trials"]) for row in comparison.rows if "search_trials" in row.costs]
+    if searched:
+        least, most = min(searched), max(searched)
+        yield (
+            f"Settings were searched for {len(searched)} of {len(comparison.rows)} rows, "
+            f"{most if least == most else f'{least} to {most}'} trials each, and chosen on validation "
+            "(fewer where a model has fewer settings to try)."
+        )
 
 
 def _rows_legend(comparison: Comparison) -> str:
@@ -100,7 +108,8 @@ def _markdown_rows(comparison: Comparison) -> list[str]:
     config = comparison.config
     header = ["recommender", "features", "seeds", f"valid {config.metric}", f"test {config.metric}"]
     header += [f"{config.level:.0%} interval", *(f"test {metric}" for metric in config.metrics[1:])]
-    header += ["train", "encode", "size", "memory"]
+    tried = any("search_trials" in row.costs for row in comparison.rows)
+    header += ["train", "encode", "size", "memory", *(["trials"] if tried else [])]
     body = []
     for row in comparison.rows:
         test = row.test[config.metric]
@@ -113,6 +122,8 @@ def _markdown_rows(comparison: Comparison) -> list[str]:
         cells += [_spread(test), _interval(test.over_users)]
         cells += [_spread(row.test[metric]) for metric in config.metrics[1:]]
         cells += [*_costs(row), _bytes(row.costs.get("peak_memory_bytes"))]
+        if tried:
+            cells.append(_trials(row))
         if _stands_out(comparison, row):
             cells = [f"**{cell}**" if place in {0, 1, 4} else cell for place, cell in enumerate(cells)]
         body.append(cells)
@@ -148,7 +159,9 @@ def _terminal_rows(comparison: Comparison) -> Table:
     """Return a table with a line for each recommender and one, indented, for each of its feature sets."""
     config = comparison.config
     table = _table("recommender, features", "seeds", "valid", f"test {config.metric}")
-    for name in (f"{config.level:.0%} interval", *config.metrics[1:], "train", "encode", "size"):
+    tried = any("search_trials" in row.costs for row in comparison.rows)
+    trials = ["trials"] if tried else []
+    for name in (f"{config.level:.0%} interval", *config.metrics[1:], "train", "encode", "size", *trials):
         table.add_column(name, justify="right", no_wrap=True)
     for recommender, group in groupby(comparison.rows, key=lambda row: row.recommender):
         rows = list(group)
@@ -165,6 +178,7 @@ def _terminal_rows(comparison: Comparison) -> Table:
                 _interval(test.over_users),
                 *(_number(row.test[metric].mean) for metric in config.metrics[1:]),
                 *_costs(row),
+                *([_trials(row)] if tried else []),
                 style="bold" if _stands_out(comparison, row) else "dim" if is_control(row) else "",
             )
     return table
@@ -237,6 +251,10 @@ def _costs(row: Row) -> list[str]:
         _seconds(row.costs.get("feature_seconds") if reads else None),
         _bytes(row.costs.get("feature_bytes") if reads else None),
     ]
+
+
+def _trials(row: Row) -> str:
+    return f"{row.costs['search_trials']:.0f}" if "search_trials" in row.costs else UNKNOWN
 
 
 def _seconds(seconds: float | None) -> str:

@@ -20,7 +20,19 @@ Floor = Literal["", "popularity", "content ItemKNN", "random or shuffled feature
 
 POPULARITY = "popularity"
 CONTENT_KNN = "itemknn_content"
-COSTS = ("train_seconds", "evaluate_seconds", "feature_seconds", "feature_bytes", "peak_memory_bytes")
+COSTS = (
+    "train_seconds",
+    "evaluate_seconds",
+    "feature_seconds",
+    "feature_bytes",
+    "peak_memory_bytes",
+    "search_trials",
+    "search_seconds",
+)
+
+
+TOLD = frozenset({"search.method", "search.n_trials"})
+"""What the words for a search say already."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,8 @@ class Row:
     valid: Mapping[str, Spread]
     test: Mapping[str, Spread]
     costs: Mapping[str, float]
-    """Means over seeds, the peak of memory; what no run recorded is missing."""
+    """Means over seeds, the peak of memory; what no run recorded is missing. ``search_trials`` is how many
+    settings were tried before these were chosen."""
     per_user: NDArray[np.float64] = field(repr=False)
     """(U,) the deciding metric of each user on test, seeds averaged."""
 
@@ -176,13 +189,24 @@ def _variants(runs: Sequence[RunRecord]) -> dict[tuple[str, str], str]:
         by_model[run.model][run.settings_key()] = _leaves(run.settings)
     named = {}
     for model, choices in by_model.items():
-        names = sorted({name for leaves in choices.values() for name in leaves})
-        differ = [
-            name for name in names if len({json.dumps(leaves.get(name)) for leaves in choices.values()}) > 1
-        ]
         for key, leaves in choices.items():
-            named[model, key] = ", ".join(f"{name}={leaves.get(name, '-')}" for name in differ)
+            # Settings that were searched hold no value, so that they are told from others of their kind.
+            alike = [other for other in choices.values() if _is_searched(other) == _is_searched(leaves)]
+            words = [f"{name}={leaves.get(name, '-')}" for name in _differing(alike)]
+            if _is_searched(leaves) and len(choices) > 1:
+                words.insert(0, f"searched, {leaves['search.method']} of {leaves['search.n_trials']}")
+            named[model, key] = ", ".join(words)
     return named
+
+
+def _is_searched(leaves: Mapping[str, JsonValue]) -> bool:
+    return "search.method" in leaves
+
+
+def _differing(choices: Sequence[Mapping[str, JsonValue]]) -> list[str]:
+    """Return the names of settings that are not the same in all choices, but those told in words."""
+    names = sorted({name for leaves in choices for name in leaves} - TOLD)
+    return [name for name in names if len({json.dumps(leaves.get(name)) for leaves in choices}) > 1]
 
 
 def _leaves(settings: Mapping[str, JsonValue], prefix: str = "") -> dict[str, JsonValue]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from pydantic import JsonValue
 
 from pipeline.comparison.config import ComparisonConfig
 from pipeline.comparison.pairs import Pair, control_of, tested_pairs
@@ -63,6 +66,7 @@ def compare_runs(records: Sequence[RunRecord], config: ComparisonConfig) -> Comp
         missing_floors=missing_floors(rows),
         notes=[
             *_notes_on_seeds(rows, pairs, config),
+            *_notes_on_search(records),
             *_notes_on_listening(rows, pairs, best_of_model, config),
         ],
         dataset=records[0].dataset,
@@ -106,6 +110,32 @@ def _notes_on_seeds(rows: Sequence[Row], pairs: Sequence[Pair], config: Comparis
             "correction; raise comparison.n_permutations."
         )
     return notes
+
+
+def _notes_on_search(records: Sequence[RunRecord]) -> list[str]:
+    """Return what a reader has to know where some settings were searched and others not, or for longer."""
+    budgets = {json.dumps(_budget(run)): run for run in records if _budget(run)}
+    if not budgets:
+        return []
+    notes = []
+    if len(budgets) > 1:
+        words = "; ".join(f"{run.model} {_budget(run)}" for run in budgets.values())
+        notes.append(f"Settings were searched with different budgets, which favours the larger: {words}.")
+    as_given = sorted({run.model for run in records if not _budget(run) and run.settings.get("settings")})
+    if as_given:
+        notes.append(
+            f"Settings of {', '.join(as_given)} were not searched, those of other rows were: a difference "
+            "between them may be that of tuning."
+        )
+    return notes
+
+
+def _budget(run: RunRecord) -> dict[str, JsonValue]:
+    """Return what a search was allowed; nothing where there was none."""
+    search = run.settings.get("search")
+    return (
+        {name: value for name, value in search.items() if name != "space"} if isinstance(search, dict) else {}
+    )
 
 
 def _notes_on_listening(

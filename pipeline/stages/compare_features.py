@@ -11,17 +11,17 @@ from pipeline.comparison.config import ComparisonConfig
 from pipeline.comparison.parquet import COMPARISON_FILE, PAIRS_FILE, read_comparison
 from pipeline.comparison.records import NO_FEATURES, RunRecord
 from pipeline.comparison.render import write_comparison
+from pipeline.comparison.rows import COSTS
 from pipeline.comparison.tables import Comparison, compare_runs
 from pipeline.progress import SILENT, Reporter
 from pipeline.reading import ReadingConfig
 from pipeline.stages.result import StageResult
+from recommenders.search_space import TRAINING
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from pipeline.store import Artefact, Draft, Store
-
-COSTS = ("train_seconds", "evaluate_seconds", "feature_seconds", "feature_bytes", "peak_memory_bytes")
 
 
 def compare_features(
@@ -105,7 +105,7 @@ def read_record(run: Artefact) -> RunRecord:
         seed=int(str(shown["seed"])),
         dataset=str(shown["dataset"]),
         split_fingerprint=str(shown["split_fingerprint"]),
-        settings={name: _as_now(name, shown[name]) for name in settings},
+        settings=_settings({name: _as_now(name, shown[name]) for name in settings}, shown.get("search")),
         valid=part("valid"),
         test=part("test"),
         per_user=pl.read_parquet(run.path("per_user.parquet")),
@@ -117,6 +117,30 @@ def read_record(run: Artefact) -> RunRecord:
 def _as_now(name: str, settings: JsonValue) -> JsonValue:
     """Settings of a run with those that came after it at their defaults, so that equal runs stay one row."""
     return ReadingConfig.model_validate(settings).model_dump(mode="json") if name == "reading" else settings
+
+
+def _settings(settings: dict[str, JsonValue], search: JsonValue) -> dict[str, JsonValue]:
+    """Settings with what was searched under the name of the search, not at the values it chose.
+
+    Each feature set has a choice of its own; by the values one recommender would be as many as it has sets.
+    """
+    searched = _section(search)
+    if not searched:
+        return settings
+    space = _section(searched["space"])
+    left: dict[str, JsonValue] = {
+        section: {name: value for name, value in _section(values).items() if name not in names}
+        for section, values in settings.items()
+        for names in [_names_in(section, space)]
+    }
+    return left | {"search": {**_section(searched["search"]), "space": space}}
+
+
+def _names_in(section: str, space: dict[str, JsonValue]) -> set[str]:
+    """Names within ``settings`` or ``training`` of what a space holds."""
+    if section == "training":
+        return {name.removeprefix(TRAINING) for name in space if name.startswith(TRAINING)}
+    return set(space) if section == "settings" else set()
 
 
 def _section(value: JsonValue) -> dict[str, JsonValue]:

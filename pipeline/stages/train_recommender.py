@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -38,12 +38,14 @@ from pipeline.stages.result import StageResult
 from recommenders.evaluation import Evaluation, EvaluationConfig, Scorer, evaluate_part
 from recommenders.feature_input import FeatureTable
 from recommenders.models.registry import Setting, build_model, model_config, model_entry
-from recommenders.training import TrainingConfig, train
+from recommenders.search_space import with_choice
+from recommenders.training import HistoryRow, TrainingConfig, TrainingResult, train
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from pipeline.store import Artefact, Draft, Store
+    from recommenders.interactions import Interactions
     from recommenders.models.base import Recommender
 
 USER_EMBEDDINGS = "user_embeddings.parquet"
@@ -78,6 +80,7 @@ def train_recommender(
     features: Sequence[str],
     config: RunSettings,
     *,
+    search: str = "",
     reporter: Reporter = SILENT,
     force: bool = False,
 ) -> StageResult:
@@ -88,34 +91,46 @@ def train_recommender(
         dataset: Name, key or folder of a dataset artefact.
         features: Feature artefacts, several of one modality if wanted; none for models that read none.
         config: Model, settings, reading, training, evaluation, seed.
+        search: Search artefact whose choice is put into ``config``; the search must have been of the same
+            dataset, features, model and settings. Empty: nothing was searched.
         reporter: Told of epochs.
         force: Train again although the store has the run.
 
     Raises:
-        ConfigError: Features without a model that reads them, or one artefact twice.
+        ConfigError: Features without a model that reads them, one artefact twice, a search of other things.
         FeatureError: The features cannot be read as asked: too few numbers, widths that do not add.
         RecommenderError: The model cannot be built or trained as asked.
     """
     data = store.get(dataset, "dataset")
-    tables = _by_name([store.get(ref, "features") for ref in features], config.model)
+    tables = by_name([store.get(ref, "features") for ref in features], config.model)
+    found = store.get(search, "search") if search else None
+    if found is not None:
+        config = chosen_settings(found, data, tables, config)
     device = choose_device(config.device)
     label = feature_label({modality: shown_encoder(a) for modality, a in tables.items()})
 
     def make(draft: Draft) -> None:
         with reporter.progress(f"{config.model} {label} seed {config.seed}") as progress:
             _train_and_measure(draft, data, tables, config, device=device, progress=progress)
+            if found is not None:
+                draft.record(**_search_costs(found))
 
     outcome = store.produce(
         "run",
         slug=f"{config.model}-{label}-seed-{config.seed}".replace(NO_FEATURES * 3, NO_FEATURES),
-        identity=_identity(data, tables, config, device),
-        inputs=[data.as_input("interactions"), *(a.as_input(modality) for modality, a in tables.items())],
+        identity=run_identity(data, tables, config, device) | ({"search": found.key} if found else {}),
+        inputs=[
+            data.as_input("interactions"),
+            *(artefact.as_input(modality) for modality, artefact in tables.items()),
+            *([found.as_input("settings")] if found else []),
+        ],
         parameters={
             **config.model_dump(mode="json", exclude={"settings"}),
             "settings": model_config(config.model, config.settings).model_dump(mode="json"),
             "feature_set": label,
             "dataset": data.key,
             "split_fingerprint": data.manifest.facts["split_fingerprint"],
+            **({"search": _searched(found)} if found else {}),
         },
         make=make,
         resumable=True,
@@ -169,7 +184,12 @@ def restore_scorer(store: Store, run: Artefact) -> Scorer:
     return model.scorer(table)
 
 
-def _by_name(features: Sequence[Artefact], model: str) -> dict[str, Artefact]:
+def by_name(features: Sequence[Artefact], model: str) -> dict[str, Artefact]:
+    """Return feature artefacts by their name in the model's table, in the one order of modalities.
+
+    Raises:
+        ConfigError: The model reads no features, or one artefact is given twice.
+    """
     if features and not model_entry(model).model.needs_features:
         raise ConfigError(f"{model} reads no features; leave {features[0].ref} out, or choose another model.")
     for ref, times in Counter(artefact.ref for artefact in features).items():
@@ -182,7 +202,7 @@ def _by_name(features: Sequence[Artefact], model: str) -> dict[str, Artefact]:
     return {name: artefact for name, (_, artefact) in zip(names, ordered, strict=True)}
 
 
-def _identity(
+def run_identity(
     data: Artefact, tables: Mapping[str, Artefact], config: RunSettings, device: torch.device
 ) -> dict[str, JsonValue]:
     """All that can change the run. Block sizes cannot; a GPU's sums differ in their last digits."""
@@ -200,6 +220,97 @@ def _identity(
     }
 
 
+def chosen_settings(
+    search: Artefact, data: Artefact, tables: Mapping[str, Artefact], config: RunSettings
+) -> RunSettings:
+    """Return ``config`` with what a search chose, which must have been a search of just this.
+
+    Raises:
+        ConfigError: It was of another dataset, other features, or other settings; it says which.
+    """
+    searched = searched_settings(search)
+    keys = {"dataset": [data.key], "features": [artefact.key for artefact in tables.values()]}
+    inputs = search.manifest.inputs
+    of_search = {
+        "dataset": [ref.key for ref in inputs if ref.kind == "dataset"],
+        "features": [ref.key for ref in inputs if ref.kind == "features"],
+    }
+    differ = [name for name, wanted in keys.items() if of_search[name] != wanted]
+    differ += [
+        name
+        for name in RunSettings.model_fields
+        if name not in {"seed", "device"} and getattr(searched, name) != getattr(config, name)
+    ]
+    if differ:
+        raise ConfigError(
+            f"{search.ref} was a search with another {' and another '.join(differ)}; its choice says nothing "
+            "here. Search again with `tandem search`, or give the settings that were searched."
+        )
+    choice = best_choice(search)
+    settings, training = with_choice(config.model, config.settings, config.training, choice)
+    return RunSettings.model_validate({**config.model_dump(), "settings": settings, "training": training})
+
+
+def searched_settings(search: Artefact) -> RunSettings:
+    """Return what a search was of, without what it chose."""
+    shown = search.manifest.parameters
+    return RunSettings.model_validate({name: shown[name] for name in RunSettings.model_fields})
+
+
+def best_choice(search: Artefact) -> dict[str, Setting]:
+    """Return the settings that a search chose, by name, those of training after ``training.``."""
+    best = search.manifest.facts["best"]
+    assert isinstance(best, dict)  # noqa: S101 - as search_recommender wrote it
+    choice = best["settings"]
+    assert isinstance(choice, dict)  # noqa: S101
+    return {name: value for name, value in choice.items() if isinstance(value, str | int | float)}
+
+
+def _searched(search: Artefact) -> dict[str, JsonValue]:
+    """What a run keeps of the search behind its settings."""
+    shown = search.manifest.parameters
+    return {"key": search.key, "space": shown["space"], "search": shown["search"]}
+
+
+def _search_costs(search: Artefact) -> dict[str, JsonValue]:
+    facts = search.manifest.facts
+    return {"search_trials": facts["n_trials"], "search_seconds": facts["trial_seconds"]}
+
+
+def fit(
+    config: RunSettings,
+    train_pairs: Interactions,
+    valid: Interactions,
+    table: FeatureTable,
+    *,
+    device: torch.device,
+    checkpoint_folder: Path,
+    progress: Progress | None = None,
+    watch: Callable[[HistoryRow], bool] | None = None,
+) -> tuple[Recommender, TrainingResult]:
+    """Build a model and train it by its seed, the epoch chosen on validation; the test part is no argument.
+
+    A search's trial and the run that follows it are this one function, so that the run with the search's seed
+    repeats the chosen trial.
+    """
+    init_rng, training_rng = np.random.default_rng(config.seed).spawn(2)
+    model = build_model(config.model, config.settings, train_pairs, table, init_rng).to(device)
+    with _threads_for(model):
+        trained = train(
+            model,
+            train_pairs,
+            valid,
+            table,
+            config.training,
+            evaluation=config.evaluation,
+            rng=training_rng,
+            checkpoint_folder=checkpoint_folder,
+            progress=progress,
+            watch=watch,
+        )
+    return model, trained
+
+
 def _train_and_measure(
     draft: Draft,
     data: Artefact,
@@ -213,22 +324,17 @@ def _train_and_measure(
     split = dataset.split
     read = read_features(tables, dataset.item_ids, config.reading, split.train)
     table = read.table.to(device)
-    init_rng, training_rng = np.random.default_rng(config.seed).spawn(2)
-    model = build_model(config.model, config.settings, split.train, table, init_rng).to(device)
     _forget_peak_memory(device)
     started = time.perf_counter()
-    with _threads_for(model):
-        trained = train(
-            model,
-            split.train,
-            split.valid,
-            table,
-            config.training,
-            evaluation=config.evaluation,
-            rng=training_rng,
-            checkpoint_folder=draft.scratch,
-            progress=progress,
-        )
+    model, trained = fit(
+        config,
+        split.train,
+        split.valid,
+        table,
+        device=device,
+        checkpoint_folder=draft.scratch,
+        progress=progress,
+    )
     train_seconds, started = time.perf_counter() - started, time.perf_counter()
     model.eval()
     scorer = model.scorer(table)
