@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, int]] = {
     "lightgcn": {"dim": 4},
     "layergcn": {"dim": 4},
     "vbpr": {"dim": 4, "content_dim": 3},
-    "bm3": {"dim": 4},
+    "bm3": {"dim": 4, "dropout": 0},
     "selfcf": {"dim": 4},
     "pgl": {"dim": 4, "k": 4},
     "grcn": {"dim": 4, "content_dim": 3},
