@@ -18,7 +18,7 @@ from rich.table import Table
 
 from features.encoders.registry import describe_encoder
 from features.errors import EncoderError
-from pipeline.config import FeatureSetConfig, RunConfig
+from pipeline.config import FeatureSetConfig, RunConfig, RunSearchConfig
 from pipeline.errors import ConfigError
 from pipeline.stages.extract_features import CONTROLS
 from pipeline.stages.result import StageResult
@@ -115,10 +115,9 @@ def knockout_config(config: RunConfig) -> tuple[RunConfig, list[Knockout]]:
         "feature_sets": sets,
         "recommenders": readers,
         "name": f"{config.name}-knockout",
-        "search": None,
+        "search": RunSearchConfig(),
     }
-    known = {name: value for name, value in changes.items() if name in RunConfig.model_fields}
-    return config.model_copy(update=known), found
+    return config.model_copy(update=changes), found
 
 
 def knockout_results(

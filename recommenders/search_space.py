@@ -103,11 +103,12 @@ def check_range(model: str, name: str, values: Range) -> None:
     where = f"search.ranges.{model}.{name}"
     fields = model_entry(model).config.model_fields
     of_training = name.startswith(TRAINING)
-    known = [*fields, *(f"{TRAINING}{field}" for field in TrainingConfig.model_fields)]
-    if name not in known:
-        raise SearchError(f"{where}: {model} has no such setting; expected one of {', '.join(known)}.")
+    of_all = [f"{TRAINING}{field}" for field in TrainingConfig.model_fields if field != "monitor"]
+    known = [*fields, *of_all]
     if name == f"{TRAINING}monitor":
         raise SearchError(f"{where}: choices are made by the monitor, so it cannot be one; leave it out.")
+    if name not in known:
+        raise SearchError(f"{where}: {model} has no such setting; expected one of {', '.join(known)}.")
     tried: tuple[Any, ...] = (values.low, values.high) if isinstance(values, Between) else values
     if not tried:
         raise SearchError(f"{where} has no value; list one or more, or leave it out.")

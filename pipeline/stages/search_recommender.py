@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,15 +94,7 @@ def search_recommender(
     if not force and (found := job.found()) is not None:
         return found
     with job.share("choice") as shared:
-        if (found := job.found()) is not None and (
-            not force or found.artefact.manifest.created_at > job.began
-        ):
-            return found  # made by the process that was waited for
-        trials = job.run_trials(shared, reporter, wait=True)
-        if all(trial.state == "failed" for trial in trials):
-            TrialFolder(shared.folder).forget()  # so that it can be tried again
-        best = best_trial(trials)
-        result = job.keep(trials, best, force=force)
+        result = job.choose(shared, reporter, force=force)
         shared.remove()
     return result
 
@@ -158,13 +150,12 @@ class _Job:
     tables: dict[str, Artefact]
     config: SearchSettings
     device: torch.device
-    began: datetime
 
     @classmethod
     def of(cls, store: Store, dataset: str, features: Sequence[str], config: SearchSettings) -> _Job:
         tables = by_name([store.get(ref, "features") for ref in features], config.model)
         device = choose_device(config.device)
-        return cls(store, store.get(dataset, "dataset"), tables, config, device, datetime.now(UTC))
+        return cls(store, store.get(dataset, "dataset"), tables, config, device)
 
     @property
     def label(self) -> str:
@@ -208,28 +199,28 @@ class _Job:
                 config.space(), objective, config.search, shared.folder, progress=progress, wait=wait
             )
 
-    def keep(self, trials: list[Trial], best: Trial, *, force: bool) -> StageResult:
-        """Write all trials and what was chosen."""
-        config, monitor = self.config, self.config.training.monitor
-        states = {
-            state: sum(trial.state == state for trial in trials) for state in ("complete", "pruned", "failed")
-        }
-        finished = [trial.value for trial in trials if trial.state == "complete" and trial.value is not None]
+    def choose(self, shared: SharedFolder, reporter: Reporter, *, force: bool) -> StageResult:
+        """Try what is left to try, choose, and write all trials down."""
+        config = self.config
 
         def make(draft: Draft) -> None:
+            trials = self.run_trials(shared, reporter, wait=True)
+            if all(trial.state == "failed" for trial in trials):
+                TrialFolder(shared.folder).forget()  # so that they can be tried again
+            best = best_trial(trials)
             trials_frame(trials).write_parquet(draft.path(STUDY_FILE))
+            states = Counter(trial.state for trial in trials)
+            failed: dict[str, JsonValue] = {"failed": states["failed"]} if states["failed"] else {}
             draft.record(
                 best={"number": best.number, "value": best.value, "settings": dict(best.choice)},
                 n_trials=len(trials),
-                n_asked=config.search.n_trials,
-                trials=dict(states),
+                trials={state: states[state] for state in ("complete", "pruned", "failed")},
                 trial_seconds=sum(trial.seconds for trial in trials),
-                worst=min(finished),
                 summary={
                     "trials": len(trials),
                     "ended early": states["pruned"],
-                    **({"failed": states["failed"]} if states["failed"] else {}),
-                    f"best valid {monitor}": best.value,
+                    **failed,
+                    f"best valid {config.training.monitor}": best.value,
                     **best.choice,
                 },
             )
