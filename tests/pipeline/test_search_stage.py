@@ -15,8 +15,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from flows.cli import app
 from pipeline.comparison.config import ComparisonConfig
 from pipeline.config import RunConfig, parse_config
+from pipeline.console import EXIT_USER_ERROR, run_app
 from pipeline.datasets.config import DatasetConfig
 from pipeline.errors import ConfigError
 from pipeline.reading import read_dataset, read_for_choosing
@@ -360,3 +362,45 @@ def test_a_run_searches_where_it_is_asked_to() -> None:
     assert parse_config({"search": {"enabled": True}}, RunConfig).search.plain() == SearchConfig()
     assert parse_config({"search": {"n_trials": 7}}, RunConfig).search.enabled
     assert not parse_config({"search": {"n_trials": 7, "enabled": False}}, RunConfig).search.enabled
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def tandem(shop: Shop, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = run_app(app, [*arguments, "--store", shop.store.url])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_shows_the_best_trials_and_names_the_search_for_a_run(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["search", shop.dataset.ref, "-f", shop.features[0], "--model", "vbpr", "--trials", "7"]
+    asked += ["--method", "random", "--name", "tuned", "--set", "training.epochs=2"]
+    asked += ["--set", "search.ranges.vbpr.training.learning_rate=[0.001]"]
+    code, out, _ = tandem(shop, capsys, *asked)
+    assert code == 0
+    assert "vbpr on random:8 text: best of 7 trials (random)" in out
+    assert "Chosen (*) on validation; test was not read." in out
+    assert sum("of 2 " in line for line in out.splitlines()) == 5
+    code, out, _ = tandem(shop, capsys, *asked, "--json")
+    document = json.loads(out)
+    assert document["reused"]
+    assert len(document["best_trials"]) == 5
+    assert document["best"]["settings"]["training.learning_rate"] == 0.001
+    assert document["trials"] == {"complete": 7, "failed": 0, "pruned": 0}
+    train = ["train", shop.dataset.ref, "-f", shop.features[0], "--search", "tuned", "--seed", "3"]
+    code, out, _ = tandem(shop, capsys, *train, "--json")
+    run = shop.store.get(json.loads(out)["key"], "run").manifest.parameters
+    assert (run["seed"], run["search"]["key"]) == (3, document["key"])  # type: ignore[index, call-overload]
+    code, _, err = tandem(shop, capsys, *train, "--set", "training.epochs=9")
+    assert code == EXIT_USER_ERROR
+    assert "a search with another training" in err
+
+
+def test_a_range_of_nothing_is_one_message(shop: Shop, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["search", shop.dataset.ref, "--model", "bpr", "--set", "search.ranges.bpr.l3=[1]"]
+    code, _, err = tandem(shop, capsys, *asked)
+    assert code == EXIT_USER_ERROR
+    assert "bpr has no such setting; expected one of dim, l2, item_bias" in err

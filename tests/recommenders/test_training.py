@@ -18,7 +18,7 @@ from recommenders.models.bpr_mf import BprMf, BprMfConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
 from recommenders.models.vbpr import Vbpr
 from recommenders.sampling import Batch
-from recommenders.training import PHASES, TrainingConfig, train
+from recommenders.training import PHASES, HistoryRow, TrainingConfig, train
 from tests.recommenders.trainings import (
     EVALUATION,
     FAST,
@@ -101,6 +101,28 @@ def test_the_monitored_metric_chooses(world: World, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(training, "evaluate", lambda *_, **__: Evaluation(next(rows), pl.DataFrame(), 0))
     config = FAST.model_copy(update={"epochs": 2, "monitor": "ndcg@5"})
     assert run(vbpr(world), world, config).best_epoch == 2
+
+
+def test_a_watcher_sees_every_epoch_and_can_end_the_training_at_its_best_so_far(
+    world: World, tmp_path: Path
+) -> None:
+    seen: list[float] = []
+
+    def until_the_third(row: HistoryRow) -> bool:
+        seen.append(row["epoch"])
+        return row["epoch"] == 3
+
+    whole, watched = vbpr(world), vbpr(world)
+    everything = run(whole, world)
+    result = run(watched, world, folder=tmp_path, watch=until_the_third)
+    assert without_seconds(result) == without_seconds(everything)[:3]
+    assert result.stopped_early
+    assert seen == [1, 2, 3]
+    resumed = run(vbpr(world), world, folder=tmp_path, watch=until_the_third)
+    assert seen == [1, 2, 3, 1, 2, 3]  # told of the checkpoint's epochs, too
+    assert without_seconds(resumed) == without_seconds(result)
+    ended = run(vbpr(world), world, watch=lambda row: True)
+    assert len(ended.history) == 1
 
 
 def test_equal_seeds_give_equal_trainings_whatever_the_evaluation_blocks(world: World) -> None:
