@@ -137,7 +137,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str, byt
     """A hub that answers, nothing of it cached, with one repository of some files."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    def download(repository: str, filename: str) -> str:
+    def download(repository: str, filename: str, revision: str | None = None) -> str:
         if repository != "owner/name":
             raise OSError("404 Client Error\nmore")
         if filename not in files:
@@ -145,7 +145,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str, byt
         (folder / filename).write_bytes(files[filename])
         return str(folder / filename)
 
-    def snapshot(repository: str, allow_patterns: list[str]) -> str:
+    def snapshot(repository: str, allow_patterns: list[str], revision: str | None = None) -> str:
         for name in files:
             if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
                 download(repository, name)
