@@ -37,13 +37,14 @@ def locate(shelf: Shelf, ref: str, kind: Kind | None) -> Location:
     Args:
         shelf: Where to look.
         ref: A name, a folder ("tiny-image-0123456789ab"), a key or the first hex digits of one, each as it
-            is or after its kind ("features/clip-baby").
+            is or after its kind ("features/clip-baby"), or a path that ends so (".tandem/features/...").
         kind: The kind that is wanted; None for any.
 
     Raises:
         StoreError: It means nothing here, several artefacts, or one of another kind.
     """
     prefix, slash, word = ref.strip().rstrip("/").rpartition("/")
+    prefix = prefix.rpartition("/")[2]  # a path into the store; what it ends with says all, as keys are in it
     if slash and prefix not in KINDS:
         raise StoreError(
             f"{ref!r} names no artefact: {prefix!r} is no kind; known kinds: {', '.join(KINDS)}."

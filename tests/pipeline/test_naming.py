@@ -162,3 +162,11 @@ def test_files_that_are_no_names_are_left_alone(local_store: Store) -> None:
     local_store._shelf.write_document("names/README.txt", b"these are names")
     local_store._shelf.write_document("names/.best.json.123.tmp", b"half")
     assert local_store.names() == {}
+
+
+def test_a_path_into_the_store_means_the_artefact_it_ends_with(any_store: Store) -> None:
+    made = small(any_store, "tiny image")
+    assert any_store.get(f".tandem/{made.ref}/") == made
+    assert any_store.get(f"/elsewhere/store/{made.ref}") == made  # the key in its name is the same anywhere
+    with pytest.raises(StoreError, match="'model' is no kind"):
+        any_store.get(f".tandem/model/{made.manifest.folder}")
