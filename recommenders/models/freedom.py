@@ -19,10 +19,7 @@ from recommenders.item_graphs import (
     ItemGraph,
     SeenFeatures,
     are_live,
-    blend,
-    knn_edges,
-    modality_shares,
-    normalised,
+    blended_even_graph,
 )
 from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
@@ -151,13 +148,5 @@ class Freedom(Recommender):
         self.refresh_graph(features)
         return self._kept[1]
 
-    @torch.no_grad()
     def _build(self, features: FeatureTable) -> ItemGraph:
-        graphs = {}
-        for name in self.projections:
-            edges = knn_edges(
-                features.vectors[name], features.present[name], self.config.k, self.config.block_rows
-            )
-            ones = torch.ones(len(edges.sources), device=edges.sources.device)
-            graphs[name] = ItemGraph(edges, normalised(edges, ones))
-        return blend(graphs, modality_shares(list(graphs), self.config.image_share))
+        return blended_even_graph(features, self.config.k, self.config.image_share, self.config.block_rows)

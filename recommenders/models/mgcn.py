@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph, mean_propagation
 from recommenders.interactions import Interactions
 from recommenders.item_graphs import ItemGraph, cosine_graph
-from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
-from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
+from recommenders.models.base import Recommender, xavier_uniform
 from recommenders.models.layers import Affine, chained
+from recommenders.models.side_loss import Propagated, side_loss
 from recommenders.propagation import KeptFor, UserItemMatrix
 from recommenders.sampling import Batch
 
@@ -101,31 +100,9 @@ class Mgcn(Recommender):
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:
         """Return BPR, contrast and L2; what is done row by row is done for the batch's rows alone."""
-        behaviour, user_parts, item_parts = self._propagate(features)
-        item_rows = batch_items(batch)
-        user_rows, user_places = torch.unique(batch.users, return_inverse=True)
-        rows, places = torch.unique(item_rows, return_inverse=True)
-        # One gather for both ends: the backward of each fills a table of all nodes with zeros.
-        taken = rows_of(behaviour, torch.cat([user_rows, self.n_users + rows]))
-        users, items = taken[: len(user_rows)], taken[len(user_rows) :]
-        fused_users = self._fuse(users, [rows_of(part, user_rows) for part in user_parts])
-        fused_items = self._fuse(items, [rows_of(part, rows) for part in item_parts])
-        scores = pair_scores(rows_of(users + fused_users, user_places), rows_of(items + fused_items, places))
-        loss = bpr_loss(scores)
-        if self.config.contrast_weight:
-            positives = torch.unique(places[:, 0])
-            pairs = [(fused_users, users), (rows_of(fused_items, positives), rows_of(items, positives))]
-            contrast = torch.stack(
-                [
-                    info_nce(normalize(fused), normalize(behavioural), self.config.temperature)
-                    for fused, behavioural in pairs
-                ]
-            )
-            loss = loss + self.config.contrast_weight * contrast.sum()
-        own = rows_of(self.embeddings, torch.cat([batch.users, self.n_users + item_rows.flatten()]))
-        return loss + self.config.l2 / len(batch.users) * half_squared_norm(own)
+        return side_loss(batch, self.embeddings, self._propagate(features), self._fuse, self.config)
 
-    def _propagate(self, features: FeatureTable) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _propagate(self, features: FeatureTable) -> Propagated:
         """Return (U + I, D) behavioural embeddings, and h^m by modality, (U, D) and (I, D)."""
         behaviour = mean_propagation(self.adjacency, self.embeddings, self.config.n_layers)
         graphs = self._item_graphs.of(features, training=self.training)

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import dropout, normalize
+from torch.nn.functional import dropout
 from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph, mean_propagation
 from recommenders.interactions import Interactions
 from recommenders.item_graphs import Edges, ItemGraph, cosine_graph
-from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
-from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
+from recommenders.models.base import Recommender, xavier_uniform
 from recommenders.models.layers import Affine
+from recommenders.models.side_loss import Propagated, side_loss
 from recommenders.propagation import KeptFor, UserItemMatrix
 from recommenders.sampling import Batch
 
@@ -124,32 +124,14 @@ class Smore(Recommender):
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:
         """Return BPR, contrast and L2; what is done row by row is done for the batch's rows alone."""
-        behaviour, user_parts, item_parts = self._propagate(features)
-        item_rows = batch_items(batch)
-        user_rows, user_places = torch.unique(batch.users, return_inverse=True)
-        rows, places = torch.unique(item_rows, return_inverse=True)
-        # One gather for both ends: the backward of each fills a table of all nodes with zeros.
-        taken = rows_of(behaviour, torch.cat([user_rows, self.n_users + rows]))
-        users, items = taken[: len(user_rows)], taken[len(user_rows) :]
         rate = self.config.preference_dropout if self.training else 0.0
-        side_users = self._prefer(users, [rows_of(part, user_rows) for part in user_parts], rate)
-        side_items = self._prefer(items, [rows_of(part, rows) for part in item_parts], rate)
-        scores = pair_scores(rows_of(users + side_users, user_places), rows_of(items + side_items, places))
-        loss = bpr_loss(scores)
-        if self.config.contrast_weight:
-            positives = torch.unique(places[:, 0])
-            pairs = [(side_users, users), (rows_of(side_items, positives), rows_of(items, positives))]
-            contrast = torch.stack(
-                [
-                    info_nce(normalize(side), normalize(behavioural), self.config.temperature)
-                    for side, behavioural in pairs
-                ]
-            )
-            loss = loss + self.config.contrast_weight * contrast.sum()
-        own = rows_of(self.embeddings, torch.cat([batch.users, self.n_users + item_rows.flatten()]))
-        return loss + self.config.l2 / len(batch.users) * half_squared_norm(own)
 
-    def _propagate(self, features: FeatureTable) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        def prefer(behaviour: Tensor, parts: Sequence[Tensor]) -> Tensor:
+            return self._prefer(behaviour, parts, rate)
+
+        return side_loss(batch, self.embeddings, self._propagate(features), prefer, self.config)
+
+    def _propagate(self, features: FeatureTable) -> Propagated:
         """Return (U + I, D) behavioural embeddings, and (U, D) and (I, D) parts, the fused one last."""
         behaviour = mean_propagation(self.adjacency, self.embeddings, self.config.n_layers)
         graphs = self._item_graphs.of(features, training=self.training)
