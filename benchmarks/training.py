@@ -52,7 +52,7 @@ def baby(part: str) -> Interactions:
     """One part of the split, or random pairs of its size."""
     path = BABY / f"{part}.json"
     if not path.exists():
-        rng = np.random.default_rng({"train": 0, "val": 1}[part])
+        rng = np.random.default_rng({"train": 0, "val": 1, "test": 2}[part])
         n_pairs = N_PAIRS if part == "train" else N_PAIRS // 6
         return Interactions(
             rng.integers(0, N_USERS, n_pairs), rng.integers(0, N_ITEMS, n_pairs), N_USERS, N_ITEMS

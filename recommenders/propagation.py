@@ -52,6 +52,7 @@ class UserItemMatrix(nn.Module):
     def __init__(self, graph: UserItemGraph, weights: Tensor) -> None:
         """Take the weights (E,) in the order of the graph's pairs; nothing of it is saved."""
         super().__init__()
+        self.n_users, self.n_items = graph.n_users, graph.n_items
         of_user, of_item = graph.degrees()
         arrays = {
             "user_starts": _starts(of_user),
@@ -90,6 +91,48 @@ class UserItemMatrix(nn.Module):
 
     def _by_item(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.item_users, self.item_starts, self.item_weights
+
+
+def spread_from_users(matrix: UserItemMatrix, users: Tensor, n_layers: int) -> tuple[Tensor, Tensor]:
+    """Return what the mean over layers 0 to L makes of users' rows when items start at zero.
+
+    Of each layer only one side is not zero, so this takes L products with R or R', half of a walk over the
+    whole graph: the sum of (R R')^j over the even layers 2j, and R' times that over the odd ones, by Horner's
+    rule. As layers are linear, this plus ``spread_from_items`` is `mean_propagation` of both.
+
+    Args:
+        matrix: R, (U, I); its transpose is its other side.
+        users: (U, D).
+        n_layers: L, 0 or more.
+
+    Returns:
+        (U, D) and (I, D).
+    """
+    return _spread(matrix.to_users, matrix.to_items, users, n_layers, matrix.n_items)
+
+
+def spread_from_items(matrix: UserItemMatrix, items: Tensor, n_layers: int) -> tuple[Tensor, Tensor]:
+    """Return, (U, D) and (I, D), what layers make of items' rows (I, D) when users start at zero."""
+    near, far = _spread(matrix.to_items, matrix.to_users, items, n_layers, matrix.n_users)
+    return far, near
+
+
+def _spread(
+    to_near: Callable[[Tensor], Tensor],
+    to_far: Callable[[Tensor], Tensor],
+    near: Tensor,
+    n_layers: int,
+    n_far: int,
+) -> tuple[Tensor, Tensor]:
+    """Spread from the side where rows are; the far side's rows start at zero."""
+    scaled = near / (n_layers + 1)
+    if not n_layers:
+        return scaled, scaled.new_zeros(n_far, scaled.shape[1])
+    total = scaled  # over layers 0, 2, ... of those before the last odd one
+    for _ in range((n_layers + 1) // 2 - 1):
+        total = scaled + to_near(to_far(total))
+    far = to_far(total)
+    return (total if n_layers % 2 else scaled + to_near(far)), far
 
 
 def _starts(counts: Tensor) -> Tensor:

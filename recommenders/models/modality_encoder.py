@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,42 @@ from recommenders.feature_input import FeatureTable
 from recommenders.graphs import mean_propagation
 from recommenders.models.base import rows_of, xavier_uniform
 from recommenders.models.layers import Affine
+from recommenders.propagation import UserItemMatrix, spread_from_items, spread_from_users
+
+_COLUMNS = 128
+"""Columns of features smoothed at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class SmoothFeatures:
+    """What layers make of the features themselves, for users and items.
+
+    Layers are linear and act on nodes, a projection acts on columns: P (F W + 1 b') = (P F) W + (P 1) b'. So
+    features that do not change are smoothed once, and a batch projects only the rows it reads.
+    """
+
+    users: dict[str, Tensor]
+    """Modality to (U, F + 1); the last column is P 1."""
+    items: dict[str, Tensor]
+    """Modality to (I, F + 1)."""
+
+    @staticmethod
+    def bytes(n_users: int, features: FeatureTable) -> int:
+        """Return the bytes that they take."""
+        return 4 * (n_users + features.n_items) * sum(width + 1 for width in features.dims.values())
+
+    @staticmethod
+    @torch.no_grad()
+    def of(matrix: UserItemMatrix, features: FeatureTable, n_layers: int) -> SmoothFeatures:
+        """Smooth the features of all items over the graph of a (U, I) matrix."""
+        users, items = {}, {}
+        for name, vectors in features.vectors.items():
+            columns = torch.cat([vectors.float(), vectors.new_ones(len(vectors), 1).float()], dim=1)
+            blocks = [columns[:, start : start + _COLUMNS] for start in range(0, columns.shape[1], _COLUMNS)]
+            spread = [spread_from_items(matrix, block.contiguous(), n_layers) for block in blocks]
+            users[name] = torch.cat([part for part, _ in spread], dim=1)
+            items[name] = torch.cat([part for _, part in spread], dim=1)
+        return SmoothFeatures(users, items)
 
 
 class ModalityEncoder(nn.Module):
@@ -46,6 +83,35 @@ class ModalityEncoder(nn.Module):
         One product a part: 64 columns stay in a CPU's cache, where 192 at once do not (3 ms against 12).
         """
         return [mean_propagation(adjacency, torch.cat([self.users, table]), n_layers) for table in inputs]
+
+    def parts_at(
+        self, matrix: UserItemMatrix, smooth: SmoothFeatures, n_layers: int, users: Tensor, items: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the rows of ``propagate``'s parts that a batch reads, at a third of the cost.
+
+        Args:
+            matrix: Of the graph that ``smooth`` was made with.
+            smooth: Of the feature table.
+            n_layers: As there.
+            users: (R,) user rows.
+            items: (S,) item rows.
+
+        Returns:
+            (R, D) of the users and (S, D) of the items for the ids, then for every modality.
+        """
+        spread = (
+            spread_from_users(matrix, self.users, n_layers),
+            spread_from_items(matrix, self.items, n_layers),
+        )
+        from_users, from_items = ((rows_of(one, users), rows_of(other, items)) for one, other in spread)
+        parts = ([from_users[0] + from_items[0]], [from_users[1] + from_items[1]])
+        for name in self.modalities:
+            weight = self.projections[name].get_parameter("weight")
+            columns = torch.cat([weight, self.projections[name].get_parameter("bias").unsqueeze(0)])
+            for side, table in enumerate((smooth.users[name], smooth.items[name])):
+                rows = rows_of(table, (users, items)[side])
+                parts[side].append(torch.addmm(from_users[side], rows, columns))
+        return parts
 
     def users_from(self, parts: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
         """Return the (R, D) embeddings of some users, or of all, from parts (U + I, D)."""

@@ -10,18 +10,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
-from recommenders.graphs import user_item_adjacency
+from recommenders.graphs import UserItemGraph
 from recommenders.interactions import Interactions
+from recommenders.item_graphs import are_live
 from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of
 from recommenders.models.layers import Affine
-from recommenders.models.modality_encoder import ModalityEncoder
+from recommenders.models.modality_encoder import ModalityEncoder, SmoothFeatures
+from recommenders.propagation import KeptFor, UserItemMatrix
 from recommenders.sampling import Batch
 
 SEARCH = {"ssl_weight": (0.01, 0.05, 0.1, 0.5, 1.0), "ssl_temperature": (0.1, 0.2, 0.5, 1.0)}
@@ -57,6 +59,10 @@ class SlmrecConfig(BaseModel, frozen=True, extra="forbid"):
     l2: NonNegativeFloat = Field(
         1e-4, description="Weight of the squared length of the id embeddings in a batch."
     )
+    cache_mb: NonNegativeInt = Field(
+        1024,
+        description="Most memory in MiB for features smoothed once; larger ones are propagated each step.",
+    )
 
 
 class Slmrec(Recommender):
@@ -91,7 +97,11 @@ class Slmrec(Recommender):
             for _ in features.modalities:
                 self.to_coarse.append(Affine(rng, config.dim, config.dim))
                 self.to_fine.append(Affine(rng, config.dim, config.dim))
-        self.register_buffer("adjacency", user_item_adjacency(train), persistent=False)
+        graph = UserItemGraph(train)
+        self.register_buffer("adjacency", graph.adjacency(), persistent=False)
+        self.user_items = UserItemMatrix.symmetric(graph)
+        fits = SmoothFeatures.bytes(self.n_users, features) <= config.cache_mb * 2**20
+        self._smooth = KeptFor(self._smoothed, features) if fits else None
 
     @override
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
@@ -102,30 +112,48 @@ class Slmrec(Recommender):
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:
         """Return ranking plus contrast plus L2, reading out the batch's rows only."""
-        inputs = self.encoder.inputs(features)
-        parts = self._propagate(inputs)
-        loss = self._ranking(batch, parts)
+        item_rows = self._items(batch)
+        items, places = torch.unique(item_rows, return_inverse=True)
+        of_users, of_items = self._parts_at(features, batch.users, items)
+        loss = self._ranking(of_users, of_items, places)
         if self.config.ssl_weight:
-            items = torch.unique(batch.positives)
+            positives = torch.unique(places[:, 0])
             if self.config.task == "fac":
-                contrast = self._fine_and_coarse(self.encoder.items_of(parts, items))
+                parts = (
+                    of_items if len(positives) == len(items) else [rows_of(p, positives) for p in of_items]
+                )
+                contrast = self._fine_and_coarse(parts)
             else:
-                contrast = self._two_views(torch.unique(batch.users), items, inputs)
+                inputs = self.encoder.inputs(features)
+                contrast = self._two_views(torch.unique(batch.users), items[positives], inputs)
             loss = loss + self.config.ssl_weight * contrast
-        own = [rows_of(self.encoder.users, batch.users), rows_of(self.encoder.items, self._items(batch))]
+        own = [rows_of(self.encoder.users, batch.users), rows_of(self.encoder.items, item_rows)]
         return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
+
+    def _smoothed(self, features: FeatureTable) -> SmoothFeatures:
+        return SmoothFeatures.of(self.user_items, features, self.config.n_layers)
 
     def _propagate(self, inputs: list[Tensor]) -> list[Tensor]:
         return self.encoder.propagate(self.adjacency, inputs, self.config.n_layers)
+
+    def _parts_at(
+        self, features: FeatureTable, users: Tensor, items: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return (R, D) of R users and (S, D) of S items, for the ids and every modality."""
+        if self._smooth is None or are_live(features):
+            parts = self._propagate(self.encoder.inputs(features))
+            return [rows_of(part, users) for part in parts], self.encoder.items_of(parts, items)
+        smooth = self._smooth.of(features, training=self.training)
+        return self.encoder.parts_at(self.user_items, smooth, self.config.n_layers, users, items)
 
     def _items(self, batch: Batch) -> Tensor:
         """Return the (B, K) items that the ranking loss scores."""
         return batch_items(batch) if self.config.main_loss == "bpr" else batch.positives.unsqueeze(1)
 
-    def _ranking(self, batch: Batch, parts: list[Tensor]) -> Tensor:
-        item_rows = self._items(batch)
-        users = self.encoder.users_from(parts, batch.users)
-        items = self.encoder.items_from(parts, item_rows.reshape(-1)).reshape(*item_rows.shape, -1)
+    def _ranking(self, of_users: list[Tensor], of_items: list[Tensor], places: Tensor) -> Tensor:
+        """Return the ranking loss of B users' parts, (B, D) each, and S items', read at (B, K) places."""
+        users = self.encoder.read_users(torch.cat(of_users, dim=1))
+        items = rows_of(self.encoder.read_items(torch.cat(of_items, dim=1)), places)
         if self.config.main_loss == "bpr":
             return bpr_loss(pair_scores(users, items))
         positives = items.squeeze(1)

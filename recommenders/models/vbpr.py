@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
@@ -66,26 +67,25 @@ class Vbpr(Recommender):
         super().__init__(train, features, config, rng)
         self.l2 = config.l2
         self.l2_projection = config.l2_projection
-        self.user_factors = xavier_uniform(rng, self.n_users, config.dim)  # gamma_u
+        # [gamma_u, theta_u]: each drawn as a matrix of its own, kept as one, as a step then costs less.
+        factors = xavier_uniform(rng, self.n_users, config.dim)
         self.item_factors = xavier_uniform(rng, self.n_items, config.dim)  # gamma_i
-        self.user_content = xavier_uniform(rng, self.n_users, config.content_dim)  # theta_u
+        tastes = xavier_uniform(rng, self.n_users, config.content_dim)
+        self.users = nn.Parameter(torch.cat([factors.data, tastes.data], dim=1))
         self.item_bias = nn.Parameter(torch.zeros(self.n_items))  # b_i
-        # Modality to (F_m, A), its columns of E transposed, and to (F_m,), its part of beta'.
+        # Modality to (F_m, A + 1): its columns of E transposed, and its part of beta' as the last column.
         self.projections = nn.ParameterDict(
-            {name: xavier_uniform(rng, width, config.content_dim) for name, width in features.dims.items()}
-        )
-        self.content_bias = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros(width)) for name, width in features.dims.items()}
+            {
+                name: nn.Parameter(pad(xavier_uniform(rng, width, config.content_dim).data, (0, 1)))
+                for name, width in features.dims.items()
+            }
         )
 
     @override
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
         """Return [gamma_u, theta_u, 1] and [gamma_i, E f_i, b_i + beta' . f_i]: eq. 1 is their product."""
-        content, content_bias = self._project(features.vectors)
-        bias = self.item_bias + content_bias
-        ones = self.user_factors.new_ones(self.n_users, 1)
-        users = torch.cat([self.user_factors, self.user_content, ones], dim=1)
-        return users, torch.cat([self.item_factors, content, bias.unsqueeze(1)], dim=1)
+        items = self._items(self.item_factors, self.item_bias, features.vectors)
+        return pad(self.users, (0, 1), value=1.0), items
 
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:
@@ -93,26 +93,18 @@ class Vbpr(Recommender):
         item_rows = batch_items(batch)  # (B, 1 + N)
         distinct, places = torch.unique(item_rows, return_inverse=True)
         vectors = {name: rows_of(features.vectors[name], distinct) for name in self.projections}
-        content, content_bias = self._project(vectors)
-        gamma_u, theta_u = rows_of(self.user_factors, batch.users), rows_of(self.user_content, batch.users)
-        gamma_i, bias = rows_of(self.item_factors, item_rows), rows_of(self.item_bias, item_rows)
-        scores = (
-            bias
-            + pair_scores(gamma_u, gamma_i)
-            + pair_scores(theta_u, rows_of(content, places))
-            + rows_of(content_bias, places)
-        )
-        penalty = self.l2 / len(batch.users) * half_squared_norm(gamma_u, theta_u, gamma_i, bias)
+        bias = rows_of(self.item_bias, distinct)
+        items = rows_of(self._items(rows_of(self.item_factors, distinct), bias, vectors), places)
+        users = rows_of(self.users, batch.users)
+        scores = pair_scores(users, items[..., :-1]) + items[..., -1]
+        gamma_i = items[..., : self.item_factors.shape[1]]
+        penalty = self.l2 / len(batch.users) * half_squared_norm(users, gamma_i, rows_of(bias, places))
         if self.l2_projection:
-            shared = half_squared_norm(*self.projections.values(), *self.content_bias.values())
-            penalty = penalty + self.l2_projection * shared
+            penalty = penalty + self.l2_projection * half_squared_norm(*self.projections.values())
         return bpr_loss(scores) + penalty
 
-    def _project(self, vectors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return E f, (R, A), and beta' . f, (R,), of R items' (R, F_m) vectors by modality."""
-        content, bias = [], []
-        for name, projection in self.projections.items():
-            rows = vectors[name].to(projection.dtype)
-            content.append(rows @ projection)
-            bias.append(rows @ self.content_bias[name])
-        return torch.stack(content).sum(dim=0), torch.stack(bias).sum(dim=0)
+    def _items(self, factors: Tensor, bias: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Return [gamma_i, E f_i, b_i + beta' . f_i], (R, K + A + 1), of R items."""
+        projected = [vectors[name].to(matrix.dtype) @ matrix for name, matrix in self.projections.items()]
+        content = torch.stack(projected).sum(dim=0)
+        return torch.cat([factors, content[:, :-1], content[:, -1:] + bias.unsqueeze(1)], dim=1)

@@ -49,14 +49,15 @@ def test_the_gradient_of_half_the_squared_norm_is_the_tensor_itself() -> None:
     torch.testing.assert_close(second.grad, second.detach())
 
 
+@pytest.mark.parametrize("length", [0.5, 30])  # products up to 60, whose exp is safe, and beyond
 @pytest.mark.parametrize("block", [1, 3, 256])
 def test_info_nce_is_the_cross_entropy_of_the_products_with_its_gradients(
-    block: int, monkeypatch: pytest.MonkeyPatch
+    block: int, length: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "_BLOCK_ANCHORS", block)
     generator = torch.Generator().manual_seed(0)
     found, expected = [], []
-    anchors, others = torch.randn(7, 3, generator=generator), 30 * torch.randn(9, 3, generator=generator)
+    anchors, others = torch.randn(7, 3, generator=generator), length * torch.randn(9, 3, generator=generator)
     for inputs in (found, expected):
         inputs += [anchors.clone().requires_grad_(), others.clone().requires_grad_()]
     value = info_nce(*found, 0.1)

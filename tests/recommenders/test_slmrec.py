@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from recommenders.feature_input import FeatureTable
 from recommenders.models.slmrec import Slmrec, SlmrecConfig
 from recommenders.sampling import Batch
 from tests.recommenders.steps import as_float64
@@ -81,3 +82,27 @@ def test_views_are_drawn_anew_and_reach_every_parameter(task: str) -> None:
     assert {float(model.loss(batch, world.features).detach()) for _ in range(8)} != {float(first.detach())}
     first.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+@pytest.mark.parametrize("task", ["fac", "fm"])
+def test_features_smoothed_once_change_no_loss_and_no_gradient(n_layers: int, task: str) -> None:
+    world = tiny_world("image", "text")
+    batch = Batch(torch.tensor([0, 2, 2]), torch.tensor([1, 4, 1]), torch.tensor([[3], [5], [0]]))
+    gradients = []
+    for cache_mb in (0, 1):
+        model = slmrec(world, cache_mb=cache_mb, n_layers=n_layers, task=task)
+        torch.manual_seed(0)
+        model.loss(batch, world.features).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_live_features_get_their_gradient_although_others_are_smoothed_once() -> None:
+    world = tiny_world("image", "text")
+    model = slmrec(world)
+    tables = {name: table.clone().requires_grad_() for name, table in world.features.vectors.items()}
+    batch = Batch(torch.tensor([0, 2]), torch.tensor([1, 4]), torch.tensor([[3], [5]]))
+    model.loss(batch, FeatureTable(tables, world.features.present)).backward()
+    assert all(table.grad is not None and table.grad.abs().max() > 0 for table in tables.values())

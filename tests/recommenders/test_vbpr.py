@@ -19,14 +19,15 @@ from tests.worlds import World, interactions_of, random_world
 def plain(model: Vbpr) -> PlainVbpr:
     """The model's parameters under the paper's names, the modalities concatenated as in its table."""
     values = as_float64(model)
-    names = list(model.projections)
+    projections = np.concatenate([values[f"projections.{name}"] for name in model.projections])
+    dim = values["item_factors"].shape[1]
     return PlainVbpr(
         values["item_bias"],
-        values["user_factors"],
+        values["users"][:, :dim],
         values["item_factors"],
-        values["user_content"],
-        np.concatenate([values[f"projections.{name}"] for name in names]).T,
-        np.concatenate([values[f"content_bias.{name}"] for name in names]),
+        values["users"][:, dim:],
+        projections[:, :-1].T,
+        projections[:, -1],
     )
 
 
@@ -38,8 +39,8 @@ def with_biases(model: Vbpr) -> Vbpr:
     """Biases start at 0; numbers there make a test see them."""
     with torch.no_grad():
         model.item_bias.copy_(torch.linspace(-1, 1, model.n_items))
-        for bias in model.content_bias.values():
-            bias.copy_(torch.linspace(-1, 1, len(bias)))
+        for projection in model.projections.values():
+            projection[:, -1] = torch.linspace(-1, 1, len(projection))
     return model
 
 
