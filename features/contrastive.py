@@ -182,6 +182,29 @@ def contrastive_loss(
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
+def sigmoid_loss(
+    images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, positives: Tensor | None = None
+) -> Tensor:
+    """Whether each of the B x B pairs belongs together, asked of each by itself.
+
+    Args:
+        images: (B, D), of any length; they are normalised here.
+        texts: (B, D); row b belongs with ``images[b]``.
+        logit_scale: Logarithm of the inverse temperature.
+        logit_bias: Added to every logit; well below 0, as most pairs do not belong together.
+        positives: (B, B) bool, which pairs belong together. Left out: the diagonal.
+
+    Returns:
+        Sum over the pairs, divided by B, in nats.
+
+    Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, sec. 3.2.
+    """
+    logits = _logits(images, texts, logit_scale) + logit_bias
+    if positives is None:
+        positives = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    return -F.logsigmoid(torch.where(positives, logits, -logits)).sum() / len(logits)
+
+
 def equal_rows(tokens: Tensor) -> Tensor:
     """(B, L) -> (B, B) bool: which rows hold the same tokens."""
     _, group = torch.unique(tokens, dim=0, return_inverse=True)
@@ -217,7 +240,9 @@ def train_contrastive(
     n_steps = n_batches * config.epochs
     _set_temperature(encoder, config)
     optimizer = _optimizer(encoder, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, n_steps, config))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, n_steps, config.warmup_share)
+    )
     started, done = time.perf_counter(), 0
     history: list[EpochRow] = []
     encoder.train()
@@ -294,9 +319,15 @@ def _optimizer(encoder: DualEncoder, config: ContrastiveConfig) -> torch.optim.O
     )
 
 
-def _rate(step: int, n_steps: int, config: ContrastiveConfig) -> float:
-    """Share of the learning rate in a step: a line up, then half a cosine down."""
-    n_warmup = int(config.warmup_share * n_steps)
+def warmup_cosine(step: int, n_steps: int, warmup_share: float) -> float:
+    """Share of the learning rate in a step: a line up, then half a cosine down.
+
+    Args:
+        step: From 0.
+        n_steps: Steps in all.
+        warmup_share: Share of the steps in which the rate rises.
+    """
+    n_warmup = int(warmup_share * n_steps)
     if step < n_warmup:
         return (step + 1) / n_warmup
     return 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))

@@ -1,0 +1,134 @@
+"""Large contrastive batches in the memory of small ones: outputs first, gradients chunk by chunk.
+
+A loss over all pairs of a batch needs every output at once, but not every activation: the outputs are
+computed chunk by chunk without a graph, the loss gives the gradient of each output, and each chunk is then
+run again, now with its graph, to take its share of that gradient to the parameters. The result is the whole
+batch's gradient; the price is a second forward pass.
+
+Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021, sec. 3.2
+(arXiv 2101.06983).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Pass = Callable[[], Tensor]
+"""Encodes one chunk anew each time it is called: -> (n, D). Equal random states give equal outputs.
+
+Automatic mixed precision is entered inside: its casts of the weights are kept until it is left, and those of
+the first run know no gradient."""
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Where torch's global generators were."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+    device: torch.device
+
+    @classmethod
+    def now(cls, device: torch.device) -> "RandomState":
+        """The states that the next draw on ``device``, or on the CPU, starts from."""
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), cuda, device)
+
+    def restore(self) -> None:
+        """Have the next draws be those that followed."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunked:
+    """The outputs of all chunks, and what is needed to run each again."""
+
+    outputs: Tensor
+    """(N, D), a leaf that collects a gradient; rows are in the order of the chunks."""
+    passes: tuple[Pass, ...]
+    sizes: tuple[int, ...]
+    """Rows of each chunk."""
+    states: tuple[RandomState, ...]
+    live: Tensor | None
+    """The outputs with their graph, where there is one chunk only and nothing need be run twice."""
+
+
+def chunked_forward(passes: Sequence[Pass], device: torch.device) -> Chunked:
+    """Run all chunks without keeping activations; a single chunk keeps them, as the batch fits.
+
+    Args:
+        passes: A pass for each chunk. What it depends on (weights, inputs, training mode) must not change
+            before `backward_through`.
+        device: Where the passes draw their random numbers (dropout), beside the CPU.
+
+    Raises:
+        ValueError: There are no passes.
+    """
+    if not passes:
+        raise ValueError("there is no chunk to encode.")
+    if len(passes) == 1:
+        live = passes[0]()
+        leaf = live.detach().requires_grad_()
+        return Chunked(leaf, tuple(passes), (len(live),), (), live)
+    states, outputs = [], []
+    with torch.no_grad():
+        for run in passes:
+            states.append(RandomState.now(device))
+            outputs.append(run())
+    leaf = torch.cat(outputs).requires_grad_()
+    return Chunked(leaf, tuple(passes), tuple(map(len, outputs)), tuple(states), None)
+
+
+def backward_through(
+    chunked: Chunked,
+    gradient: Tensor | None = None,
+    *,
+    before_last: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Take the gradient of the outputs to the parameters, where it is added to what they have.
+
+    Each chunk draws the same random numbers as in its first run; afterwards torch's generators are where they
+    were before the call.
+
+    Args:
+        chunked: Of `chunked_forward`.
+        gradient: (N, D); left out, what `outputs.grad` has collected. Nothing happens where that is None.
+        before_last: Context in which all chunks but the last run: a distributed model's ``no_sync``, so that
+            its processes exchange gradients once.
+
+    Raises:
+        ValueError: The gradient has another shape than the outputs.
+    """
+    gradient = chunked.outputs.grad if gradient is None else gradient
+    if gradient is None:
+        return
+    if gradient.shape != chunked.outputs.shape:
+        raise ValueError(
+            f"the gradient has shape {tuple(gradient.shape)}; expected {tuple(chunked.outputs.shape)}, as "
+            "the outputs have."
+        )
+    if chunked.live is not None:
+        _backward(chunked.live, gradient)
+        return
+    afterwards = RandomState.now(chunked.states[0].device)
+    shares = gradient.split(chunked.sizes)
+    last = len(shares) - 1
+    try:
+        for number, (run, share, state) in enumerate(
+            zip(chunked.passes, shares, chunked.states, strict=True)
+        ):
+            state.restore()
+            with nullcontext() if number == last else before_last(), torch.enable_grad():
+                _backward(run(), share)
+    finally:
+        afterwards.restore()
+
+
+def _backward(outputs: Tensor, gradient: Tensor) -> None:
+    if outputs.requires_grad:  # a frozen tower has nothing to take it to
+        outputs.backward(gradient)  # type: ignore[no-untyped-call] # torch's own signature lacks types
