@@ -153,13 +153,13 @@ class SentenceEncoder(Encoder):
         self.steps = nn.ModuleList(modules)
         self.prompt_length = prompt_length
         self.dim = dim
-        self._filler = tokenizer.pad_id
+        self.filler = tokenizer.pad_id
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """(B, L), negative where there is no token -> (B, D) float32."""
         mask = (tokens >= 0).long()
         features: dict[str, Any] = {
-            "input_ids": tokens.masked_fill(tokens < 0, self._filler),
+            "input_ids": tokens.masked_fill(tokens < 0, self.filler),
             "attention_mask": mask,
             "modality": "text",
         }
@@ -174,8 +174,15 @@ class SentenceEncoder(Encoder):
         own = next((p.dtype for p in self.parameters() if p.is_floating_point()), pixels.dtype)
         return self._run({"pixel_values": pixels.to(own), "modality": "image"})
 
-    def _run(self, features: dict[str, Any]) -> Tensor:
-        for step in self.steps:
+    def pool_tokens(self, states: Tensor, mask: Tensor) -> Tensor:
+        """The network's (B, L, W) states of a text's tokens and their (B, L) mask -> (B, D) float32."""
+        features: dict[str, Any] = {"token_embeddings": states, "attention_mask": mask, "modality": "text"}
+        if self.prompt_length:
+            features["prompt_length"] = self.prompt_length
+        return self._run(features, first=1)
+
+    def _run(self, features: dict[str, Any], first: int = 0) -> Tensor:
+        for step in list(self.steps)[first:]:
             features = step(features)
         vectors: Tensor = features["sentence_embedding"]
         return vectors[:, : self.dim].float()

@@ -96,11 +96,11 @@ class TimmEncoder(Encoder):
     ) -> None:
         super().__init__(info, transform, blank_texts)
         self.model = model
-        self._options = options
+        self.options = options
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D) float32."""
-        return timm_vectors(self.model, pixels, self._options)
+        return timm_vectors(self.model, pixels, self.options)
 
 
 def timm_vectors(model: Any, pixels: Tensor, options: TimmOptions) -> Tensor:

@@ -87,8 +87,8 @@ class DualEncoder(Encoder):
         super().__init__(info, transform, tokenizer, pad_id=PADDING, pads_to=pads_to)
         self.model = model
         self._kind = kind
-        self._fill = fill
-        self._uses_mask = uses_mask
+        self.fill = fill
+        self.uses_mask = uses_mask
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -104,14 +104,14 @@ class DualEncoder(Encoder):
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """(B, L) -> (B, D) float32."""
-        ids, mask = masked(tokens, self._fill)
-        return self._kind.texts(self.model, ids, mask if self._uses_mask else None).float()
+        ids, mask = masked(tokens, self.fill)
+        return self._kind.texts(self.model, ids, mask if self.uses_mask else None).float()
 
     def encode_pairs(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         """(B, 3, H, W) and (B, L) -> (B, D) float32."""
         if self._kind.fused is None:
             return super().encode_pairs(pixels, tokens)
-        ids, mask = masked(tokens, self._fill)
+        ids, mask = masked(tokens, self.fill)
         return self._kind.fused(self.model, pixels, ids, mask).float()
 
 

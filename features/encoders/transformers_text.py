@@ -45,12 +45,12 @@ class TextModelEncoder(Encoder):
         self.model = model
         self.pool = pool
         self.layer = layer
-        self._fill = model.config.pad_token_id or 0
+        self.fill = model.config.pad_token_id or 0
         self._is_decoder = is_decoder(model.config)
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """(B, L) -> (B, D) float32; padding counts nowhere."""
-        ids, mask = masked(tokens, self._fill)
+        ids, mask = masked(tokens, self.fill)
         more = {"use_cache": False} if self._is_decoder else {}
         given = self.model(
             input_ids=ids, attention_mask=mask, output_hidden_states=self.layer is not None, **more

@@ -40,7 +40,11 @@ class Attention(nn.Module):
         """(B, n, D) -> (B, n, D); ``bias`` broadcasts to (B, H, n, n) and is added to the scaled logits."""
         shape = (*hidden.shape[:2], 3, self.n_heads, -1)
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = linear(hidden, self.qkv.weight, qkv_bias).reshape(shape).permute(2, 0, 3, 1, 4)
+        if type(self.qkv) is nn.Linear:
+            qkv = linear(hidden, self.qkv.weight, qkv_bias)
+        else:  # wrapped, as by a low-rank adapter, which works in its forward
+            qkv = self.qkv(hidden) + qkv_bias
+        qkv = qkv.reshape(shape).permute(2, 0, 3, 1, 4)
         mixed = scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=bias)
         projected: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return projected
@@ -245,12 +249,14 @@ class Vlmo(nn.Module):
     def image_pass(self, pixels: Tensor, *, vl: bool = False) -> Towers:
         """(B, 3, H, W) -> tokens of the picture alone, P + 1 a picture."""
         hidden = self.transformer.embed(pixels) + self.token_type_embeddings.weight[1]
-        return self._towers(hidden, self._bias("image", 0), None, "imag", vl=vl)
+        return self._towers(hidden, self.bias("image", 0), None, "imag", vl=vl)
 
     def text_pass(self, tokens: Tensor, mask: Tensor, *, vl: bool = False) -> Towers:
         """(B, L) ids and mask (true for real tokens) -> tokens of the text alone."""
         hidden = self.text_embeddings(tokens) + self.token_type_embeddings.weight[0]
-        return self._towers(hidden, self._bias("text", tokens.shape[1]), _hiding(mask, hidden), "text", vl=vl)
+        return self._towers(
+            hidden, self.bias("text", tokens.shape[1]), hiding_of(mask, hidden), "text", vl=vl
+        )
 
     def _towers(
         self, hidden: Tensor, biases: list[Tensor] | None, hiding: Tensor | None, expert: Expert, *, vl: bool
@@ -259,13 +265,13 @@ class Vlmo(nn.Module):
         branch = hidden
         for number, block in enumerate(self.transformer.blocks):
             branch = hidden if number == start else branch
-            hidden = block(hidden, _added(biases, number, hiding), expert)
+            hidden = block(hidden, added_of(biases, number, hiding), expert)
         if not vl:
             return Towers(hidden, None)
         if start == len(self.transformer.blocks):
             raise ValueError("this VLMo has no vision-language experts")
         for number in range(start, self.config.depth):
-            branch = self.transformer.blocks[number](branch, _added(biases, number, hiding), "vl")
+            branch = self.transformer.blocks[number](branch, added_of(biases, number, hiding), "vl")
         return Towers(hidden, branch)
 
     def joint_pass(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -274,13 +280,13 @@ class Vlmo(nn.Module):
         image = self.transformer.embed(pixels) + self.token_type_embeddings.weight[1]
         n_text = tokens.shape[1]
         hidden = torch.cat([text, image], dim=1)
-        hiding = _hiding(
+        hiding = hiding_of(
             torch.cat([mask.bool(), mask.new_ones(image.shape[:2], dtype=torch.bool)], dim=1), hidden
         )
-        biases = self._bias("joint", n_text)
+        biases = self.bias("joint", n_text)
         for number, block in enumerate(self.transformer.blocks):
             fused = number >= self.config.vl_start
-            added = _added(biases, number, hiding)
+            added = added_of(biases, number, hiding)
             hidden = block(hidden, added, "vl") if fused else block(hidden, added, "imag", n_text)
         normed: Tensor = self.transformer.norm(hidden)
         return normed
@@ -314,7 +320,7 @@ class Vlmo(nn.Module):
         """(B, D) of length 1, as the contrastive loss compares them."""
         return normalize(embedding, dim=-1, eps=0.0)
 
-    def _bias(self, kind: Literal["image", "text", "joint"], n_text: int) -> list[Tensor] | None:
+    def bias(self, kind: Literal["image", "text", "joint"], n_text: int) -> list[Tensor] | None:
         """N biases that broadcast to (B, H, n, n); without gradients they are gathered once and kept."""
         table = self.relative_position_bias_table
         if table is None:
@@ -353,7 +359,7 @@ class Vlmo(nn.Module):
         return self.__dict__ | {"_biases": {}}
 
 
-def _hiding(mask: Tensor, hidden: Tensor) -> Tensor | None:
+def hiding_of(mask: Tensor, hidden: Tensor) -> Tensor | None:
     """(B, 1, 1, n) that takes padded keys out of every softmax; None where there is no padding."""
     if mask.device.type == "cpu" and bool(mask.all()):  # asking a GPU would wait for it
         return None
@@ -361,7 +367,8 @@ def _hiding(mask: Tensor, hidden: Tensor) -> Tensor | None:
     return hiding.masked_fill_(~mask.bool(), -torch.inf)[:, None, None, :]
 
 
-def _added(biases: list[Tensor] | None, number: int, hiding: Tensor | None) -> Tensor | None:
+def added_of(biases: list[Tensor] | None, number: int, hiding: Tensor | None) -> Tensor | None:
+    """What block ``number`` adds to its attention logits: its bias, what hides the padding, both or None."""
     if biases is None:
         return hiding
     return biases[number] if hiding is None else biases[number] + hiding

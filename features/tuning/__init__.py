@@ -1,0 +1,1 @@
+"""Encoders seen as towers of blocks, and which of their parameters are trained."""
