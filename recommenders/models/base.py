@@ -35,6 +35,8 @@ class Recommender(nn.Module, ABC):
     """How scores come about. "neighbours" has no embeddings: ``forward`` raises, no index can be built."""
     needs_features: ClassVar[bool] = False
     """Whether the features can change the scores."""
+    scores_pairs: ClassVar[bool] = False
+    """Whether ``score_pairs`` is there and cheap enough to be asked in every step, as hard negatives do."""
 
     @abstractmethod
     def __init__(
@@ -69,6 +71,28 @@ class Recommender(nn.Module, ABC):
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:  # noqa: ARG002 - a model without parameters has no loss
         """Return the scalar to minimise on one batch, regularisation included."""
         raise TypeError(f"{type(self).__name__} has no parameters, so there is no loss to minimise.")
+
+    def score_pairs(self, users: Tensor, items: Tensor, features: FeatureTable) -> Tensor:  # noqa: ARG002 - as above
+        """Score items, (B, K) rows, for users, (B,) rows, without gradients, as the model is now.
+
+        Raises:
+            TypeError: The model is none that ``scores_pairs``.
+        """
+        raise TypeError(f"{type(self).__name__} scores all items of a user or none; ask its scorer.")
+
+    def working_bytes(self, n_pairs: int, n_negatives: int) -> int:
+        """Estimate the memory of one step beside parameters, gradients and optimiser, within a factor of 2.
+
+        Here: the embeddings of a batch and what the loss makes of them. A model that computes more than that,
+        such as the embeddings of all users and items, adds it.
+
+        Args:
+            n_pairs: B, rows of a batch.
+            n_negatives: N, negatives of each row.
+        """
+        widths = [parameter.shape[-1] for parameter in self.parameters() if parameter.ndim > 1]
+        # Rows gathered, multiplied, squared, and the gradients of the first.
+        return 4 * n_pairs * (2 + n_negatives) * max(widths, default=1) * 4
 
     def start_epoch(self, features: FeatureTable) -> None:
         """Prepare an epoch: draw edges anew, rebuild what follows the parameters; most models need nothing.

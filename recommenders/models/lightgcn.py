@@ -7,14 +7,15 @@ recommendation", SIGIR 2020.
 from __future__ import annotations
 
 import numpy as np
-from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import mean_propagation, user_item_adjacency
 from recommenders.interactions import Interactions
-from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
+from recommenders.losses import LossConfig, half_squared_norm, loss_of_pairs, pair_scores, reads_negatives
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
 from recommenders.ranges import Range
 from recommenders.sampling import Batch
@@ -23,7 +24,7 @@ SEARCH: dict[str, Range] = {"l2": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), "n_layers": (1
 """Sec. 4.1.2; the learning rate stays at 0.001 there."""
 
 
-class LightGcnConfig(BaseModel, frozen=True, extra="forbid"):
+class LightGcnConfig(LossConfig, frozen=True, extra="forbid"):
     """Settings of LightGCN."""
 
     dim: PositiveInt = Field(64, description="Length of a user's and an item's embedding.")
@@ -38,14 +39,17 @@ class LightGcn(Recommender):
 
     Loss of a batch of B rows (u, i, j...): BPR on the propagated embeddings, plus l2 / 2 times the mean over
     rows of the squared lengths of the embeddings at layer 0 (eq. 15; by batch, as the authors train).
+    Other losses take the place of BPR in it; those that read no negatives regularise none.
     """
 
+    scores_pairs = True
     adjacency: Tensor
 
     def __init__(
         self, train: Interactions, features: FeatureTable, config: LightGcnConfig, rng: np.random.Generator
     ) -> None:
         super().__init__(train, features, config, rng)
+        self.ranking = config
         self.n_layers = config.n_layers
         self.l2 = config.l2
         self.embeddings = xavier_uniform(rng, self.n_users + self.n_items, config.dim)  # users first
@@ -59,9 +63,25 @@ class LightGcn(Recommender):
 
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:
-        """Return BPR on propagated, plus L2 on unpropagated embeddings."""
+        """Return BPR on propagated, or the loss chosen instead, plus L2 on unpropagated embeddings."""
         users, items = self(features)
-        item_rows = batch_items(batch)
-        scores = pair_scores(rows_of(users, batch.users), rows_of(items, item_rows))
+        with_negatives = reads_negatives(self.ranking, batch.in_batch)
+        item_rows = batch_items(batch) if with_negatives else batch.positives.unsqueeze(1)
+        user_vectors, item_vectors = rows_of(users, batch.users), rows_of(items, item_rows)
+        scores = pair_scores(user_vectors, item_vectors)
+        ranked = loss_of_pairs(self.ranking, scores, user_vectors, item_vectors[:, 0], batch.in_batch)
         own = [rows_of(self.embeddings, rows) for rows in (batch.users, self.n_users + item_rows)]
-        return bpr_loss(scores) + self.l2 / len(batch.users) * half_squared_norm(*own)
+        return ranked + self.l2 / len(batch.users) * half_squared_norm(*own)
+
+    @override
+    @torch.no_grad()
+    def score_pairs(self, users: Tensor, items: Tensor, features: FeatureTable) -> Tensor:
+        """Score items, (B, K) rows, for users, (B,) rows: one more propagation over the graph."""
+        all_users, all_items = self(features)
+        return pair_scores(rows_of(all_users, users), rows_of(all_items, items))
+
+    @override
+    def working_bytes(self, n_pairs: int, n_negatives: int) -> int:
+        """As for every model, plus what the propagation holds: each layer, and its gradient."""
+        layers = 2 * self.n_layers * self.embeddings.nbytes
+        return super().working_bytes(n_pairs, n_negatives) + layers

@@ -141,8 +141,10 @@ def build_model(
 
 
 def _problem(name: str, config: type[BaseModel], location: tuple[int | str, ...], message: str) -> str:
-    """Say what is wrong with one setting, and what there is instead."""
-    key = str(location[0]) if location else ""
+    """Say what is wrong with one setting, or with several together, and what there is instead."""
+    if not location:
+        return f"{name}: {message.removeprefix('Value error, ')}."
+    key = str(location[0])
     if key not in config.model_fields:
         known = ", ".join(config.model_fields) or "none"
         return f"{name} has no setting {key!r}; its settings: {known}.{_guess(key, config.model_fields)}"
