@@ -1,0 +1,114 @@
+"""An encoder of a catalogue's items by row, whose gradients are made in chunks."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from features.gradient_cache import Chunked, backward_through, chunked_forward
+from features.live.sources import VectorSource
+
+
+class CatalogueEncoder:
+    """Encodes rows, and takes gradients of their vectors to what is trained.
+
+    Rows of like lengths are put into one chunk. With one chunk the graph is kept; with several only the
+    vectors are, and ``backward`` runs each chunk again, with the same random numbers: memory is that of a
+    chunk, whatever a batch is.
+
+    Args:
+        sources: Modality -> its vectors.
+        trainable: Parameters that are trained, by name.
+        chunk: Items encoded at a time.
+        device: Of the parameters.
+        autocast: Type of mixed precision; None: float32.
+        train: Switches the encoder to training, and back to evaluation.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, VectorSource],
+        trainable: Mapping[str, nn.Parameter],
+        *,
+        chunk: int,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        train: Callable[[bool], None],
+    ) -> None:
+        self.sources, self.trainable = dict(sources), dict(trainable)
+        self._chunk, self._device, self._autocast, self._train = chunk, device, autocast, train
+        self._waiting: dict[str, tuple[Chunked, Tensor] | None] = {}
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities whose rows can be live."""
+        return tuple(self.sources)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What is trained."""
+        yield from self.trainable.values()
+
+    def encode(self, modality: str, rows: Tensor) -> Tensor:
+        """(R,) item rows -> (R, E) float32, detached; what `backward` needs is remembered."""
+        if not len(rows):
+            self._waiting[modality] = None
+            return self._width_of_nothing(modality)
+        self._train(True)
+        order, passes = self._passes(modality, rows)
+        chunked = chunked_forward(passes, self._device)
+        self._waiting[modality] = (chunked, order)
+        vectors = torch.empty_like(chunked.outputs)
+        vectors[order] = chunked.outputs.detach()
+        return vectors
+
+    def backward(self, modality: str, gradient: Tensor) -> None:
+        """Take (R, E) of the last `encode` of a modality to the parameters, where it is added.
+
+        Raises:
+            RuntimeError: Nothing was encoded since the last call.
+        """
+        if modality not in self._waiting:
+            raise RuntimeError(f"no {modality} rows were encoded that a gradient could belong to.")
+        waiting = self._waiting.pop(modality)
+        if waiting is not None:
+            chunked, order = waiting
+            backward_through(chunked, gradient[order])
+
+    @torch.no_grad()
+    def encode_all(self, modality: str, rows: Tensor) -> Tensor:
+        """(R,) item rows -> (R, E) float32, as the encoder is in use, chunk by chunk."""
+        if not len(rows):
+            return self._width_of_nothing(modality)
+        self._train(False)
+        order, passes = self._passes(modality, rows)
+        vectors: Tensor | None = None
+        for places, run in zip(order.split(self._chunk), passes, strict=True):  # type: ignore[no-untyped-call]
+            part = run()
+            vectors = part.new_empty(len(rows), part.shape[1]) if vectors is None else vectors
+            vectors[places] = part
+        assert vectors is not None  # noqa: S101 - there are rows
+        return vectors
+
+    def _passes(self, modality: str, rows: Tensor) -> tuple[Tensor, list[Callable[[], Tensor]]]:
+        """(R,) positions in the order they are encoded, and a pass a chunk of them."""
+        source = self.sources[modality]
+        lengths = [source.length(row) for row in rows.tolist()]
+        order = torch.tensor(sorted(range(len(rows)), key=lengths.__getitem__), device=rows.device)
+
+        def run(some: Tensor) -> Tensor:
+            with self._mixed():
+                return source.vectors(some).float()
+
+        chunks: Sequence[Tensor] = rows[order].split(self._chunk)  # type: ignore[no-untyped-call]
+        return order, [lambda some=some: run(some) for some in chunks]  # type: ignore[misc]
+
+    def _mixed(self) -> AbstractContextManager[object]:
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=self._autocast)
+
+    def _width_of_nothing(self, modality: str) -> Tensor:
+        """(0, E): the width is that of any row."""
+        with torch.no_grad():
+            return self.sources[modality].vectors(torch.zeros(1, dtype=torch.int64)).float()[:0]

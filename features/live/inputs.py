@@ -1,0 +1,124 @@
+"""Pixels and tokens of any items of a catalogue, by row, as an encoder takes them."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from features.catalogue import Catalogue, Contents, Modality, TextConfig
+from features.encoders.base import Encoder
+from features.errors import FeatureError
+from features.images import ImageLimits
+from features.loading import Loader, Source
+
+_PICTURES_PER_TASK = 8
+
+
+class RowInputs:
+    """The input of one modality: pictures decoded when they are first asked for, texts tokenized at once.
+
+    Decoded pictures are kept in a file, as float16 (an eighth of the smallest step of an 8-bit picture off at
+    most), as long as all of them would fit; else each is decoded whenever it is asked for.
+
+    Args:
+        catalogue: All items.
+        encoder: Whose transform and tokenizer prepare them.
+        modality: image or text.
+        text: Which text of an item.
+        cache_file: Where decoded pictures are kept; it is made anew.
+        cache_mb: Most that they may take on disk; 0 keeps none.
+        limits: Of pictures.
+        n_workers: Threads that decode; 0: two.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        encoder: Encoder,
+        modality: Modality,
+        text: TextConfig,
+        *,
+        cache_file: Path,
+        cache_mb: int,
+        limits: ImageLimits,
+        n_workers: int = 0,
+    ) -> None:
+        self.contents: Contents = catalogue.contents(modality, text)
+        self.modality = modality
+        self._encoder = encoder
+        reads_pictures = modality == "image"
+        self._loader = Loader(
+            catalogue.image_root,
+            limits,
+            encoder.image_transform if reads_pictures else None,
+            None if reads_pictures else encoder.tokenizer,
+        )
+        self._pool = ThreadPoolExecutor(n_workers or 2, thread_name_prefix="live-loader")
+        self._ids: list[list[int]] = []
+        if not reads_pictures:
+            self._ids = encoder.token_ids([value or "" for value in self.contents.texts])
+        self._cache_file, self._cache_bytes = cache_file, cache_mb * 2**20
+        self._kept: np.memmap[tuple[int, ...], np.dtype[np.float16]] | None = None
+        self._is_kept = np.zeros(len(self.contents), dtype=bool)
+
+    def __call__(self, rows: Tensor, device: torch.device) -> Tensor:
+        """(R,) item rows -> (R, 3, H, W) float32 pixels, or (R, L) int64 tokens, on a device.
+
+        Raises:
+            FeatureError: A picture can no longer be read.
+        """
+        wanted = rows.cpu().numpy()
+        if self.modality == "text":
+            return self._encoder.pad([self._ids[row] for row in wanted]).to(device)
+        return self._pixels(wanted).to(device)
+
+    def length(self, row: int) -> int:
+        """Tokens of an item's text; 0 for pictures."""
+        return len(self._ids[row]) if self._ids else 0
+
+    def close(self) -> None:
+        """Stop the threads and remove what was kept."""
+        self._pool.shutdown(cancel_futures=True)
+        self._kept = None
+        self._cache_file.unlink(missing_ok=True)
+
+    def _pixels(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+        missing = rows[~self._is_kept[rows]]
+        decoded = self._decode(missing)
+        if self._kept is None and len(decoded):
+            self._start_keeping(tuple(decoded.shape[1:]))
+        if self._kept is None:
+            return decoded  # nothing is kept, so that all rows were missing
+        if len(missing):
+            self._kept[missing] = decoded.half().numpy()
+            self._is_kept[missing] = True
+        return torch.from_numpy(np.asarray(self._kept[rows])).float()
+
+    def _start_keeping(self, shape: tuple[int, ...]) -> None:
+        n_bytes = 2 * len(self.contents) * int(np.prod(shape))
+        if n_bytes <= self._cache_bytes:
+            self._cache_file.parent.mkdir(parents=True, exist_ok=True)
+            whole = (len(self.contents), *shape)
+            self._kept = np.memmap(self._cache_file, np.float16, "w+", shape=whole)
+
+    def _decode(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+        if not len(rows):
+            return torch.empty(0)
+        tasks = [
+            rows[start : start + _PICTURES_PER_TASK] for start in range(0, len(rows), _PICTURES_PER_TASK)
+        ]
+        loaded = list(self._pool.map(lambda some: self._loader([self._source(row) for row in some]), tasks))
+        for some, one in zip(tasks, loaded, strict=True):
+            for position, reason in one.failures.items():
+                raise FeatureError(
+                    f"the picture of item {self.contents.item_ids[some[position]]!r} cannot be read any more "
+                    f"({reason}), though its features could be extracted; put the file back, or import the "
+                    "dataset again."
+                )
+        return torch.cat([one.pixels for one in loaded if one.pixels is not None])
+
+    def _source(self, row: int) -> Source:
+        image = self.contents.images[row]
+        return Source((image,) if image else (), self.contents.image_hashes[row] or "", "")

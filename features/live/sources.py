@@ -1,0 +1,56 @@
+"""From item rows to vectors with gradient: through a whole encoder, its upper blocks, or side adapters."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from features.catalogue import Modality
+from features.encoders.base import Encoder
+from features.live.inputs import RowInputs
+from features.live.states import StateFile
+from features.tuning.towers import Tower
+
+
+class VectorSource(Protocol):
+    """One modality's vectors of any items."""
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """(R,) item rows -> (R, E) float32, with the graph to what is trained."""
+        ...
+
+    def length(self, row: int) -> int:
+        """How long an item's input is, for chunks of like lengths; 0 where all are equal."""
+        ...
+
+
+class WholeEncoder:
+    """Through all of an encoder."""
+
+    def __init__(self, encoder: Encoder, modality: Modality, inputs: RowInputs, device: torch.device) -> None:
+        self._encode = encoder.encode_images if modality == "image" else encoder.encode_texts
+        self._inputs, self._device = inputs, device
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """(R,) item rows -> (R, E) float32."""
+        return self._encode(self._inputs(rows, self._device))
+
+    def length(self, row: int) -> int:
+        """Tokens of a text."""
+        return self._inputs.length(row)
+
+
+class UpperBlocks:
+    """Through the blocks above kept states: what lies below is frozen and was run once."""
+
+    def __init__(self, tower: Tower, states: StateFile, start: int, device: torch.device) -> None:
+        self._tower, self._states, self._start, self._device = tower, states, start, device
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """(R,) item rows -> (R, E) float32."""
+        hidden = self._states.read(rows, self._device).trimmed()
+        return self._tower.head(self._tower.run(hidden, self._start))
+
+    def length(self, row: int) -> int:
+        """Tokens of a text."""
+        return self._states.length(row)
