@@ -287,8 +287,7 @@ def _ranked_blocks(
     """
     n_items = exclude.n_items
     seen = exclude.csr()
-    memory_users = config.block_mb * 2**20 // (_BYTES_PER_SCORE * n_items)
-    step = max(1, min(config.block_users, memory_users))
+    step = _users_per_block(config, n_items)
     for start in range(0, len(users), step):
         block = users[start : start + step]
         with torch.no_grad():
@@ -306,6 +305,16 @@ def _ranked_blocks(
             _refuse_not_finite(best, block)
             areas = None if relevant is None else _areas(scores, relevant[block])
         yield block, items.cpu().numpy(), best.cpu().numpy(), areas
+
+
+def _users_per_block(config: EvaluationConfig, n_items: int) -> int:
+    memory_users = config.block_mb * 2**20 // (_BYTES_PER_SCORE * n_items)
+    return max(1, min(config.block_users, memory_users))
+
+
+def block_bytes(config: EvaluationConfig, n_items: int, n_users: int) -> int:
+    """Return the most memory that the scores of a block of users take while they are ranked."""
+    return min(_users_per_block(config, n_items), n_users) * n_items * _BYTES_PER_SCORE
 
 
 def _areas(scores: Tensor, relevant: sparse.csr_matrix) -> NDArray[np.float64]:

@@ -6,15 +6,15 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import polars as pl
 import torch
-from pydantic import BaseModel, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from recommenders.checkpoints import (
@@ -29,18 +29,21 @@ from recommenders.errors import TrainingError
 from recommenders.evaluation import EvaluationConfig, evaluate
 from recommenders.feature_input import FeatureTable
 from recommenders.interactions import Interactions
+from recommenders.memory import MemoryEstimate, available_bytes, check_memory, estimate_memory
 from recommenders.metrics import metric_names
 from recommenders.models.base import Recommender
-from recommenders.sampling import TrainingPairs
+from recommenders.sampling import Batch, SamplingConfig, TrainingPairs
+from recommenders.settings import Counts, left_out
 
 HistoryRow = dict[str, float]
-"""One epoch: ``epoch``, ``loss``, ``seconds`` and, where it was evaluated, ``valid_recall@20`` and so on."""
+"""One epoch: ``epoch``, ``loss``, ``seconds``; where it was evaluated, ``valid_recall@20`` and so on; and
+``gradient_norm``, the mean over its steps before clipping, where gradients are clipped."""
 
 PHASES = ("sampling", "forward", "backward", "evaluation", "checkpoint")
 """What an epoch's time is spent on; ``backward`` includes the optimiser's step."""
 
 
-class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
+class TrainingConfig(SamplingConfig, frozen=True, extra="forbid"):
     """How a recommender is trained."""
 
     epochs: PositiveInt = Field(200, description="Most passes over the training pairs.")
@@ -60,6 +63,22 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid"):
     monitor: str = Field(
         "recall@20", description="Validation metric that chooses the best epoch and decides when to stop."
     )
+    max_gradient_norm: Annotated[NonNegativeFloat, Counts.IF_CHANGED] = Field(
+        0.0,
+        description="Scale the gradient of a step down to this length where it is longer, and note its mean "
+        "length in the history; 0 never does.",
+    )
+    amp: Annotated[Literal["off", "bf16", "fp16"], Counts.IF_CHANGED] = Field(
+        "off",
+        description="Compute the loss in half precision where that is safe (autocast); parameters stay in "
+        "float32. fp16 scales the loss and needs a GPU.",
+    )
+    compile: Annotated[bool, Counts.IF_CHANGED] = Field(
+        False, description="Compile the loss with torch.compile; the first steps then take long."
+    )
+    check_memory: Annotated[bool, Counts.NEVER] = Field(
+        True, description="Refuse a training whose estimated memory is more than there is."
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +94,8 @@ class TrainingResult:
     seconds: dict[str, float]
     """Seconds by phase, those before a resume included. On a GPU work is queued, so there the phases of a
     step blur into each other and only their sum is meant."""
+    memory: MemoryEstimate | None = None
+    """What was estimated before it started; None where there was nothing to train."""
 
     def history_frame(self) -> pl.DataFrame:
         """Return the history as a table, null where an epoch was not evaluated."""
@@ -114,11 +135,24 @@ def train(
 
     Raises:
         TrainingError: No pairs to train or validate on, a monitor that is not measured, a loss that is not
-            finite, or a checkpoint that is damaged or of another training.
+            finite, a checkpoint that is damaged or of another training; hard negatives of a model that scores
+            no pairs, fp16 without a GPU, a loss that cannot be compiled, or more memory than there is.
     """
     if not model.is_trainable:
         return TrainingResult([], 0, stopped_early=False, resumed_after=0, seconds={})
-    _check(valid, config, evaluation)
+    _check(model, valid, config, evaluation)
+    memory = estimate_memory(
+        model,
+        features,
+        n_pairs=len(train),
+        n_users_measured=len(np.unique(valid.user_rows)),
+        batch_size=config.batch_size,
+        n_negatives=config.n_negatives * (config.hard_candidates if config.negatives == "hard" else 1),
+        optimizer=config.optimizer,
+        evaluation=evaluation,
+    )
+    if config.check_memory:
+        check_memory(memory, available_bytes(next(model.parameters()).device))
     loop = _Loop(
         model, train=train, valid=valid, features=features, config=config, evaluation=evaluation, rng=rng
     )
@@ -136,12 +170,26 @@ def train(
     if loop.best_state:  # ended before the first evaluation, there is none
         model.load_state_dict(loop.best_state)
     return TrainingResult(
-        loop.history, loop.best_epoch, loop.epoch < config.epochs, resumed_after, loop.clock.seconds
+        loop.history, loop.best_epoch, loop.epoch < config.epochs, resumed_after, loop.clock.seconds, memory
     )
 
 
-def _check(valid: Interactions, config: TrainingConfig, evaluation: EvaluationConfig) -> None:
-    """Refuse what would only fail after the first epoch."""
+def _check(
+    model: Recommender, valid: Interactions, config: TrainingConfig, evaluation: EvaluationConfig
+) -> None:
+    """Refuse what would only fail later."""
+    if config.negatives == "hard" and not model.scores_pairs:
+        raise TrainingError(
+            "training.negatives is 'hard', which asks the model to score pairs in every step; "
+            f"{type(model).__name__} cannot. Choose uniform, popularity or in-batch, or a model that can, "
+            "such as bpr or lightgcn."
+        )
+    device = next(model.parameters()).device
+    if config.amp == "fp16" and device.type != "cuda":
+        raise TrainingError(
+            f"training.amp is 'fp16' on a {device.type}, where it is no gain; expected a GPU. "
+            "Choose bf16, or off."
+        )
     if not len(valid):
         raise TrainingError(
             "There is no validation pair; expected at least one, because validation chooses the epoch. "
@@ -185,8 +233,10 @@ class _Loop:
         self.model, self.train, self.valid, self.features = model, train, valid, features
         self.config, self.evaluation = config, evaluation
         self.device = next(model.parameters()).device
-        self.pairs = TrainingPairs(train, self.device)
+        self.pairs = TrainingPairs(train, self.device, config, self._pair_scores)
         self.optimizer = _optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.amp == "fp16" else None
+        self.loss_of = torch.compile(model.loss) if config.compile else model.loss
         self.seeds = [int(seed) for seed in rng.integers(2**63, size=2)]
         self.generator = torch.Generator(self.device).manual_seed(self.seeds[0])
         self.history: list[HistoryRow] = []
@@ -216,7 +266,7 @@ class _Loop:
         """Train one epoch, evaluate it if it is due, and keep it if it is the best."""
         started = self.clock.last = time.perf_counter()
         epoch = self.epoch + 1
-        row: HistoryRow = {"epoch": epoch, "loss": self._train_epoch(epoch)}
+        row: HistoryRow = {"epoch": epoch, **self._train_epoch(epoch)}
         if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
             row |= self._evaluate()
             best = self.history[self.best_epoch - 1][self._monitor] if self.best_epoch else -math.inf
@@ -224,19 +274,22 @@ class _Loop:
                 self.best_epoch = epoch
                 self.best_state = {name: value.clone() for name, value in self.model.state_dict().items()}
             self.clock.lap("evaluation")
+        else:
+            self._stop_if_parameters_are_not_finite(epoch)
         row["seconds"] = time.perf_counter() - started
         self.history.append(row)
 
-    def _train_epoch(self, epoch: int) -> float:
-        """Take one step per batch; return the mean loss of a pair."""
+    def _train_epoch(self, epoch: int) -> HistoryRow:
+        """Take one step per batch; return what the history tells of it: mean losses and gradients."""
         self.model.train()
         self.model.start_epoch(self.features)
         self.clock.lap("forward")
         losses: list[Tensor] = []
         sizes: list[int] = []
+        norms: list[Tensor] = []
         for batch in self.pairs.epoch(self.config.batch_size, self.config.n_negatives, self.generator):
             self.clock.lap("sampling")
-            loss = self.model.loss(batch, self.features)
+            loss = self._loss(batch)
             losses.append(loss.detach())
             sizes.append(len(batch.users))
             # Reading a number makes a GPU wait, so there all losses of the epoch are looked at together.
@@ -244,25 +297,88 @@ class _Loop:
                 self._stop_if_not_finite(losses[-1:], epoch, first_batch=len(losses))
             self.clock.lap("forward")
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call] # torch leaves it without types
-            self.optimizer.step()
+            if self.scaler is None:
+                loss.backward()
+            else:
+                self.scaler.scale(loss).backward()
+            if self.config.max_gradient_norm:
+                norms.append(self._clip())
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
             self.clock.lap("backward")
         self._stop_if_not_finite(losses, epoch, first_batch=1)
-        return float(np.average(torch.stack(losses).double().cpu().numpy(), weights=sizes))
+        row = {"loss": float(np.average(torch.stack(losses).double().cpu().numpy(), weights=sizes))}
+        return row | ({"gradient_norm": float(torch.stack(norms).double().mean())} if norms else {})
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Return the loss of a batch, computed as the settings ask."""
+        if self.config.amp == "off" and not self.config.compile:
+            return self.model.loss(batch, self.features)
+        try:
+            with self._precision():
+                return self.loss_of(batch, self.features)
+        except TrainingError:
+            raise
+        except Exception as error:  # what torch raises here is of no one type
+            asked = {"training.compile": self.config.compile, "training.amp": self.config.amp != "off"}
+            settings = " and ".join(name for name, is_on in asked.items() if is_on)
+            first_line = str(error).strip().partition("\n")[0]
+            raise TrainingError(
+                f"The loss of {type(self.model).__name__} cannot be computed with {settings} "
+                f"({type(error).__name__}: {first_line}). Set training.compile to false and training.amp to "
+                "off."
+            ) from error
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """Return the context a loss is computed in."""
+        if self.config.amp == "off":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.config.amp == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def _clip(self) -> Tensor:
+        """Shorten the gradient of all parameters together where it is too long; return its length before."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_gradient_norm)
+
+    def _pair_scores(self, users: Tensor, items: Tensor) -> Tensor:
+        return self.model.score_pairs(users, items, self.features)
 
     def _stop_if_not_finite(self, losses: list[Tensor], epoch: int, first_batch: int) -> None:
         """Raise at the first loss that is NaN or infinite, with the norms that tell why."""
-        values = torch.stack(losses).cpu().numpy()
+        values = torch.stack(losses).float().cpu().numpy()
         wrong = np.flatnonzero(~np.isfinite(values))
-        if not len(wrong):
-            return
+        if len(wrong):
+            raise self._diverged(
+                f"The loss of epoch {epoch}, batch {first_batch + int(wrong[0])} is {values[wrong[0]]}"
+            )
+
+    def _stop_if_parameters_are_not_finite(self, epoch: int) -> None:
+        """Raise if the last step broke the model; an evaluation would tell, but this epoch has none."""
+        for name, value in self.model.named_parameters():
+            if not bool(value.detach().isfinite().all()):
+                raise self._diverged(f"{name} is not finite after epoch {epoch}")
+
+    def _diverged(self, what: str) -> TrainingError:
+        """Say what is wrong, with the norms that tell why; what a checkpoint holds is from before."""
+        parameters = dict(self.model.named_parameters())
         norms = {f"features {name}": _largest_row(table) for name, table in self.features.vectors.items()}
-        norms |= {name: _largest_row(value) for name, value in self.model.named_parameters()}
+        norms |= {name: _largest_row(value) for name, value in parameters.items()}
         longest = ", ".join(f"{name} {norm:.3g}" for name, norm in norms.items())
-        raise TrainingError(
-            f"The loss of epoch {epoch}, batch {first_batch + int(wrong[0])} is {values[wrong[0]]}; expected "
-            f"a finite number. Longest rows: {longest}. Normalise features whose rows are long (above about "
-            f"100); otherwise lower training.learning_rate, now {self.config.learning_rate}."
+        gradients = ", ".join(
+            f"{name} {float(value.grad.double().norm()):.3g}"
+            for name, value in parameters.items()
+            if value.grad is not None
+        )
+        return TrainingError(
+            f"{what}; expected a finite number. Longest rows: {longest}. Lengths of the last gradients: "
+            f"{gradients or 'none yet'}. Normalise features whose rows are long (above about 100); otherwise "
+            f"lower training.learning_rate, now {self.config.learning_rate}, or set "
+            f"training.max_gradient_norm, now {self.config.max_gradient_norm:g}."
         )
 
     @property
@@ -281,7 +397,7 @@ class _Loop:
         """Return digests of all that decides how this training goes; called before the first epoch."""
         shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
         return {
-            "training settings": self.config.model_dump_json(),
+            "training settings": self.config.model_dump_json(exclude=left_out(self.config)),
             "evaluation settings": self.evaluation.model_dump_json(exclude={"block_users", "block_mb"}),
             "model": f"{type(self.model).__name__} {shapes}",
             "first parameters": _digest(self.model.state_dict()),
@@ -310,6 +426,8 @@ class _Loop:
             "best_epoch": self.best_epoch,
             "seconds": dict(self.clock.seconds),
         }
+        if self.scaler is not None:
+            facts["scaler"] = self.scaler.state_dict()
         write_checkpoint(folder, Checkpoint(tensors, facts))
         self.clock.lap("checkpoint")
 
@@ -330,6 +448,8 @@ class _Loop:
             position, key = name.split(".")
             state.setdefault(int(position), {})[key] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        if self.scaler is not None:
+            self.scaler.load_state_dict(cast(dict[str, float], checkpoint.facts["scaler"]))
         self.generator.set_state(checkpoint.tensors["random.pairs"])
         torch.set_rng_state(checkpoint.tensors["random.cpu"])
         if self.device.type == "cuda":

@@ -83,8 +83,8 @@ class Recommender(nn.Module, ABC):
     def working_bytes(self, n_pairs: int, n_negatives: int) -> int:
         """Estimate the memory of one step beside parameters, gradients and optimiser, within a factor of 2.
 
-        Here: the embeddings of a batch and what the loss makes of them. A model that computes more than that,
-        such as the embeddings of all users and items, adds it.
+        Here: the embeddings of a batch and what the loss makes of them; and, of a model with a graph, three
+        layers of its whole tables with their gradients. A model that computes much more than that adds it.
 
         Args:
             n_pairs: B, rows of a batch.
@@ -92,7 +92,9 @@ class Recommender(nn.Module, ABC):
         """
         widths = [parameter.shape[-1] for parameter in self.parameters() if parameter.ndim > 1]
         # Rows gathered, multiplied, squared, and the gradients of the first.
-        return 4 * n_pairs * (2 + n_negatives) * max(widths, default=1) * 4
+        of_batch = 4 * n_pairs * (2 + n_negatives) * max(widths, default=1) * 4
+        has_graph = any(True for _ in self.buffers())
+        return of_batch + (6 * sum(parameter.nbytes for parameter in self.parameters()) if has_graph else 0)
 
     def start_epoch(self, features: FeatureTable) -> None:
         """Prepare an epoch: draw edges anew, rebuild what follows the parameters; most models need nothing.

@@ -79,9 +79,3 @@ class LightGcn(Recommender):
         """Score items, (B, K) rows, for users, (B,) rows: one more propagation over the graph."""
         all_users, all_items = self(features)
         return pair_scores(rows_of(all_users, users), rows_of(all_items, items))
-
-    @override
-    def working_bytes(self, n_pairs: int, n_negatives: int) -> int:
-        """As for every model, plus what the propagation holds: each layer, and its gradient."""
-        layers = 2 * self.n_layers * self.embeddings.nbytes
-        return super().working_bytes(n_pairs, n_negatives) + layers

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from recommenders.feature_input import FeatureTable
 from recommenders.models.bpr_mf import BprMf, BprMfConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
 from recommenders.models.vbpr import Vbpr
-from recommenders.sampling import Batch
+from recommenders.sampling import Batch, TrainingPairs
 from recommenders.training import PHASES, HistoryRow, TrainingConfig, train
 from tests.recommenders.trainings import (
     EVALUATION,
@@ -207,18 +208,73 @@ def test_a_loss_that_is_not_a_number_stops_with_batch_norms_and_advice(world: Wo
     assert "lower training.learning_rate, now 0.05" in message
 
 
-def test_no_step_is_taken_on_a_loss_that_is_not_a_number(
+def test_what_is_not_finite_is_told_with_the_gradients_before_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    breaks_in_batch(monkeypatch, 2)
+    with pytest.raises(TrainingError) as caught:
+        run(vbpr(world), world)
+    lengths = re.search(r"Lengths of the last gradients: (.*?)\. Normalise", str(caught.value))
+    assert lengths is not None
+    assert {part.split(" ")[0] for part in lengths[1].split(", ")} == set(
+        dict(vbpr(world).named_parameters())
+    )
+    assert all(float(part.split(" ")[1]) > 0 for part in lengths[1].split(", "))
+    assert "training.max_gradient_norm, now 0" in str(caught.value)
+
+
+def test_what_is_on_disk_after_a_stop_is_the_last_good_epoch(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(vbpr(world), world)
+    with monkeypatch.context() as patch:
+        breaks_in_batch(patch, 3 * TrainingPairs(world.split.train).n_batches(16) + 2)
+        with pytest.raises(TrainingError, match="epoch 4, batch 2 is nan"):
+            run(vbpr(world), world, folder=tmp_path)
+    resumed = run(vbpr(world), world, folder=tmp_path)
+    assert resumed.resumed_after == 3
+    assert without_seconds(resumed) == without_seconds(expected)
+
+
+def test_an_epoch_whose_last_step_broke_the_model_is_not_kept_though_nobody_measured_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = TrainingPairs(world.split.train).n_batches(16)
     calls = 0
     loss_of = Vbpr.loss
 
     def breaks(self: Vbpr, batch: Batch, features: FeatureTable) -> Tensor:
         nonlocal calls
         calls += 1
-        return loss_of(self, batch, features) * (torch.nan if calls == 2 else 1)
+        loss = loss_of(self, batch, features)
+        if calls == last:  # a finite loss whose gradient is not
+            loss = loss + torch.sqrt((self.item_bias[0] - self.item_bias[0].detach()).abs())
+        return loss
 
     monkeypatch.setattr(Vbpr, "loss", breaks)
+    config = FAST.model_copy(update={"eval_every": 5})
+    with pytest.raises(TrainingError, match="item_bias is not finite after epoch 1"):
+        run(vbpr(world), world, config, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def breaks_in_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the loss of one batch, counted from 1, be NaN."""
+    calls = 0
+    loss_of = Vbpr.loss
+
+    def breaks(self: Vbpr, batch: Batch, features: FeatureTable) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return loss_of(self, batch, features) * (torch.nan if calls == number else 1)
+
+    monkeypatch.setattr(Vbpr, "loss", breaks)
+
+
+def test_no_step_is_taken_on_a_loss_that_is_not_a_number(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks_in_batch(monkeypatch, 2)
     model = vbpr(world)
     with pytest.raises(TrainingError, match="epoch 1, batch 2 is nan"):
         run(model, world)
