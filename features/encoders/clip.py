@@ -33,15 +33,23 @@ class ClipEncoder(Encoder):
         model: open_clip's CLIP, CustomTextCLIP or CoCa.
         pixels: How pictures are prepared.
         tokenizer: Its ids end with the highest id of each text if ``model`` pools there.
+        config: open_clip's `model_cfg`, by which it can be saved; None for one that cannot.
     """
 
     def __init__(
-        self, info: EncoderInfo, model: nn.Module, pixels: PixelConfig, tokenizer: Tokenizer
+        self,
+        info: EncoderInfo,
+        model: nn.Module,
+        pixels: PixelConfig,
+        tokenizer: Tokenizer,
+        *,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         tower = _causal_tower(model)
         cut = tower is not None and not isinstance(tokenizer, FolderTokenizer)
         super().__init__(info, PixelTransform(pixels), tokenizer, pads_to=0 if cut else info.context_length)
         self.model = model
+        self.config = config
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -119,7 +127,7 @@ def load_clip(spec: str) -> Encoder:
     info = _describe(source)
     model = build_clip(source.model)
     load_weights(model, source.weights, source.spec)
-    return ClipEncoder(info, model, source.pixels, _tokenizer(source))
+    return ClipEncoder(info, model, source.pixels, _tokenizer(source), config=source.model)
 
 
 def build_clip(config: Mapping[str, Any]) -> nn.Module:
@@ -136,7 +144,7 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
     if "timm_model_name" in settings["vision_cfg"]:
         settings["vision_cfg"]["timm_model_pretrained"] = False  # no weights beside those of the file
     if "hf_model_name" in settings["text_cfg"]:
-        folder = _text_model_folder(settings["text_cfg"]["hf_model_name"])
+        folder = text_model_folder(settings["text_cfg"]["hf_model_name"])
         settings["text_cfg"] |= {"hf_model_pretrained": False, "hf_model_name": str(folder)}
     kind = open_clip.CLIP
     if custom:
@@ -151,8 +159,13 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _text_model_folder(repository: str) -> Path:
-    """Where the settings of a text model are; given its name, transformers would ask the hub for minutes."""
+def text_model_folder(repository: str) -> Path:
+    """Where the settings of a text model are; given its name, transformers would ask the hub for minutes.
+
+    A path of a folder with `config.json` stands for itself.
+    """
+    if Path(repository).is_absolute():
+        return Path(repository)
     instead = f"the same again, with the hub's cache of {repository} in its place"
     return fetch_from_hub(repository, ["config.json"], instead=instead).parent
 

@@ -15,6 +15,7 @@
 | `precomputed/<format>:<path>` | vectors of another tool: npy, parquet, ducho, clip-retrieval, amazon |
 | `random`, `random:<dim>`, `random:<dim>:<seed>` | a Gaussian row seeded by each content |
 | `constant`, `constant:<dim>` | ones |
+| `saved:<folder>` | an encoder that was trained here, with all it needs |
 | a preset's name, such as `paper/clip` | what `presets.yaml` says |
 | `shuffled:<specification>`, `shuffled:<specification>@<seed>` | another item's vector of the inner encoder |
 
@@ -32,6 +33,7 @@ from features.encoders import (
     clip,
     controls,
     precomputed,
+    saved,
     sentence,
     tfidf,
     timm_models,
@@ -68,6 +70,7 @@ FAMILIES: dict[str, Family] = {
         transformers_models.load_transformers,
     ),
     "timm": Family("timm/resnet50", timm_models.describe_timm, timm_models.load_timm),
+    "saved": Family("saved:<folder>", saved.describe_saved, saved.load_saved),
     "random": Family("random:64:0", controls.describe_control, controls.load_control),
     "constant": Family("constant:64", controls.describe_control, controls.load_control),
 }
@@ -187,6 +190,11 @@ def _family(spec: str) -> Family:
         raise EncoderError(
             "encoder 'given' stands for features that came with a dataset and encodes nothing; use it where "
             "a dataset was imported with features (MMRec's .npy files)."
+        )
+    if word == "store":
+        raise EncoderError(
+            f"encoder {spec!r} lies in a store, which only stages and `tandem` commands open; type "
+            "saved:<folder> with the artefact's folder."
         )
     base = split_options(spec)[0]
     near = difflib.get_close_matches(base, presets(), n=1)

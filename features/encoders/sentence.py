@@ -153,6 +153,8 @@ class SentenceEncoder(Encoder):
         self.steps = nn.ModuleList(modules)
         self.prompt_length = prompt_length
         self.dim = dim
+        self.source: SentenceSource | None = None
+        """Where it came from, by which it can be saved."""
         self.filler = tokenizer.pad_id
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
@@ -225,9 +227,11 @@ def load_sentence(spec: str) -> Encoder:
             "with the library itself and read the vectors as precomputed/npy:<file>."
         )
     transform = ProcessorTransform(str(source.tower_folder)) if source.image_files else blank_picture
-    return SentenceEncoder(
+    encoder = SentenceEncoder(
         info, modules, tokenizer, transform, prompt_length=prompt_length, dim=info.dims["text"]
     )
+    encoder.source = source
+    return encoder
 
 
 def _load_modules(source: SentenceSource) -> list[nn.Module]:

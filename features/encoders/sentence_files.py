@@ -106,6 +106,9 @@ class SentenceSource:
     truncate_dim: int
     """Numbers kept of a vector, where the folder says so; 0: all."""
 
+    options: SentenceOptions
+    """What followed the specification."""
+
     @property
     def tower_folder(self) -> Path:
         """Where the network and its tokenizer lie."""
@@ -179,6 +182,7 @@ def resolve_sentence(spec: str) -> SentenceSource:
         max_tokens=options.max_tokens or most,
         prompt=_prompt(spec, options.prompt, facts),
         truncate_dim=int(facts.get("truncate_dim") or 0),
+        options=options,
     )
 
 

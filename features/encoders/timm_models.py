@@ -97,6 +97,8 @@ class TimmEncoder(Encoder):
         super().__init__(info, transform, blank_texts)
         self.model = model
         self.options = options
+        self.source: TimmSource | None = None
+        """Where it came from, by which it can be saved."""
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D) float32."""
@@ -174,7 +176,7 @@ def load_timm(spec: str) -> Encoder:
     info = _describe(source, options)
     model, notes = _load(source)
     encoder = TimmEncoder(info, model, _image_transform(source.facts), options)
-    encoder.notes = notes
+    encoder.notes, encoder.source = notes, source
     return encoder.eval()
 
 

@@ -135,7 +135,8 @@ def build_tiny(tokenizer: Tokenizer, *, seed: int) -> ClipEncoder:
         weights_sha256=digest_json({"untrained": seed}),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-    return ClipEncoder(info, model, PIXELS, TinyTokenizer(pairs, info.context_length))
+    tokens = TinyTokenizer(pairs, info.context_length)
+    return ClipEncoder(info, model, PIXELS, tokens, config=settings)
 
 
 def save_tiny(encoder: ClipEncoder, folder: Path) -> None:
@@ -183,9 +184,8 @@ def load_tiny(spec: str) -> ClipEncoder:
     settings, pixels = _read_config(folder)
     model = build_clip(settings)
     load_weights(model, folder / WEIGHTS_FILE, spec)
-    return ClipEncoder(
-        info, model, pixels, TinyTokenizer(_read_tokenizer(folder, settings), info.context_length)
-    )
+    tokenizer = TinyTokenizer(_read_tokenizer(folder, settings), info.context_length)
+    return ClipEncoder(info, model, pixels, tokenizer, config=settings)
 
 
 def _folder(spec: str) -> Path:

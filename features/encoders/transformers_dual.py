@@ -86,6 +86,8 @@ class DualEncoder(Encoder):
         pads_to = info.context_length if kind.pads else 0
         super().__init__(info, transform, tokenizer, pad_id=PADDING, pads_to=pads_to)
         self.model = model
+        self.files: ModelFiles | None = None
+        """Where it came from, by which it can be saved."""
         self._kind = kind
         self.fill = fill
         self.uses_mask = uses_mask
@@ -97,6 +99,11 @@ class DualEncoder(Encoder):
         if not isinstance(scale, nn.Parameter):
             raise AttributeError(f"{type(self.model).__name__} has no logit_scale.")  # noqa: TRY004 - of a property
         return scale
+
+    @property
+    def first_query(self) -> bool:
+        """Whether BLIP-2's first query was asked for instead of the queries' mean."""
+        return self._kind is _BLIP2_FIRST_QUERY
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D) float32."""

@@ -8,10 +8,10 @@ from pydantic import BaseModel
 
 from features.encoders.base import Encoder, EncoderInfo
 from features.encoders.options import read_options
-from features.encoders.transformers_dual import DUAL_KINDS, DualPool, plan_dual
+from features.encoders.transformers_dual import DUAL_KINDS, DualEncoder, DualPool, plan_dual
 from features.encoders.transformers_files import ModelFiles, Plan, find_model, library_config
-from features.encoders.transformers_text import plan_text
-from features.encoders.transformers_vision import VisionPool, plan_vision
+from features.encoders.transformers_text import TextModelEncoder, plan_text
+from features.encoders.transformers_vision import VisionModelEncoder, VisionPool, plan_vision
 from features.errors import EncoderError
 
 
@@ -44,12 +44,20 @@ def load_transformers(spec: str) -> Encoder:
     Raises:
         EncoderError: It cannot be had, an option does not apply, or the weights do not fill the model.
     """
-    return _plan(spec).build()
+    encoder = _plan(spec).build()
+    if isinstance(encoder, DualEncoder | VisionModelEncoder | TextModelEncoder):
+        encoder.files = _files(spec)
+    return encoder
+
+
+def _files(spec: str) -> ModelFiles:
+    base, options = read_options(spec, TransformersOptions)
+    return find_model(spec, base, options.revision)
 
 
 def _plan(spec: str) -> Plan:
-    base, options = read_options(spec, TransformersOptions)
-    files = find_model(spec, base, options.revision)
+    options = read_options(spec, TransformersOptions)[1]
+    files = _files(spec)
     pool, layer = options.pool, options.layer
     if pool == "penultimate":
         if layer is not None:

@@ -43,6 +43,8 @@ class TextModelEncoder(Encoder):
     ) -> None:
         super().__init__(info, blank_picture, tokenizer, pad_id=PADDING)
         self.model = model
+        self.files: ModelFiles | None = None
+        """Where it came from, by which it can be saved."""
         self.pool = pool
         self.layer = layer
         self.fill = model.config.pad_token_id or 0

@@ -51,6 +51,8 @@ class VisionModelEncoder(Encoder):
     ) -> None:
         super().__init__(info, transform, blank_texts)
         self.model = model
+        self.files: ModelFiles | None = None
+        """Where it came from, by which it can be saved."""
         self.pool = pool
         self.layer = layer
 

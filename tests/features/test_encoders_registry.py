@@ -15,6 +15,7 @@ from features.encoders import tiny
 from features.encoders.base import Encoder, digest_file, digest_json
 from features.encoders.clip import build_clip
 from features.encoders.registry import FAMILIES, describe_encoder, inner_spec, load_encoder, parse_shuffled
+from features.encoders.saved import save_encoder
 from features.encoders.vlmo.config import VlmoConfig
 from features.errors import EncoderError
 from tests.features.small_sentence import save_sentence
@@ -50,6 +51,11 @@ def vlmo_spec(folder: Path) -> str:
     return f"vlmo/custom:{folder}/small.safetensors"
 
 
+def saved_spec(folder: Path) -> str:
+    save_encoder(load_encoder(tiny_spec(folder / "original")), folder / "saved")
+    return f"saved:{folder / 'saved'}"
+
+
 LOSSES_ONLY = tuple(f"model.{name}" for name in ("logit_", "itc_vl_", "itm_score", "mlm_score"))
 """Parameters that only losses use, not vectors."""
 
@@ -62,6 +68,7 @@ SPECS: dict[str, Callable[[Path], str]] = {
     ),
     "transformers": lambda folder: f"transformers/local-dir:{clip(folder)}",
     "timm": lambda folder: f"timm/local-dir:{save_timm(folder)}",
+    "saved": saved_spec,
     "random": lambda _: "random:24:1",
     "constant": lambda _: "constant:3",
 }
