@@ -116,7 +116,7 @@ def backward_through(
         _backward(chunked.live, gradient)
         return
     afterwards = RandomState.now(chunked.states[0].device)
-    shares = gradient.split(chunked.sizes)
+    shares = torch.split(gradient, list(chunked.sizes))
     last = len(shares) - 1
     try:
         for number, (run, share, state) in enumerate(

@@ -1,0 +1,1 @@
+"""Fine-tuning of encoders on the items of a catalogue."""
