@@ -1,4 +1,4 @@
-"""Graphs as sparse matrices and neighbour lists: users and items, items and their nearest items."""
+"""Graphs of users and items as sparse matrices, and their products with dense tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, normalize
+from torch.nn.functional import embedding_bag
 
 from recommenders.interactions import Interactions
-
-_BLOCK_NUMBERS = 1 << 25
-"""Similarities held at once while neighbours are searched: 2^25 float32 are 128 MiB."""
 
 
 def user_item_adjacency(train: Interactions) -> Tensor:
@@ -176,34 +173,3 @@ class _SymmetricPropagation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
         return None, mean_propagation(ctx.adjacency, gradients[0], ctx.n_layers), None
-
-
-@torch.no_grad()
-def cosine_neighbours(vectors: Tensor, k: int, block_rows: int = 0) -> tuple[Tensor, Tensor]:
-    """Find each row's k nearest other rows by cosine, exactly, in I x k memory and one block of scores.
-
-    A row of zeros has cosine 0 with every row. Which of several equally similar rows make the list is not
-    defined, but the same in each run.
-
-    Args:
-        vectors: (I, F) floats.
-        k: Neighbours per row, the row itself not counted; where there are fewer other rows, all of them.
-        block_rows: Rows whose I similarities are held at once; 0 chooses them for 128 MiB.
-
-    Returns:
-        neighbours: (I, k) int64 rows, the nearest first.
-        similarities: (I, k) float32 cosines.
-    """
-    n_items = len(vectors)
-    k = min(k, max(n_items - 1, 0))
-    block_rows = block_rows or max(1, _BLOCK_NUMBERS // max(n_items, 1))
-    unit = normalize(vectors.float(), dim=1)
-    neighbours = torch.empty((n_items, k), dtype=torch.int64, device=vectors.device)
-    similarities = torch.empty((n_items, k), device=vectors.device)
-    for start in range(0, n_items, block_rows):
-        block = unit[start : start + block_rows] @ unit.T  # (block, I)
-        own = torch.arange(len(block), device=vectors.device)
-        block[own, start + own] = -torch.inf
-        stop = start + len(block)
-        torch.topk(block, k, dim=1, out=(similarities[start:stop], neighbours[start:stop]))
-    return neighbours, similarities

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from recommenders.feature_input import FeatureTable
-from recommenders.graphs import bag_sums, cosine_neighbours
+from recommenders.graphs import bag_sums
+from recommenders.neighbours import cosine_neighbours
 
 
 @dataclass(frozen=True, eq=False)

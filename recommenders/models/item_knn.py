@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from recommenders.co_occurrence import co_occurrence_neighbours
 from recommenders.feature_input import FeatureTable
-from recommenders.graphs import cosine_neighbours
 from recommenders.interactions import Interactions
 from recommenders.models.base import Recommender, Scorer
+from recommenders.neighbours import cosine_neighbours
 from recommenders.ranges import Between, Range
 
 SEARCH: dict[str, Range] = {"k": Between(low=5, high=1000), "shrinkage": Between(low=0.0, high=1000.0)}

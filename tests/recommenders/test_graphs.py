@@ -8,12 +8,10 @@ import torch
 
 from recommenders.graphs import (
     UserItemGraph,
-    cosine_neighbours,
     mean_propagation,
     sparse_product,
     user_item_adjacency,
 )
-from tests.references.plain_item_knn import nearest
 from tests.references.plain_lightgcn import propagate
 from tests.worlds import interactions_of, random_world
 
@@ -61,36 +59,6 @@ def test_the_gradient_of_propagation_is_exact_and_can_be_taken_twice() -> None:
 
     assert torch.autograd.gradcheck(smooth, embeddings)
     assert torch.autograd.gradgradcheck(smooth, embeddings)
-
-
-@pytest.mark.parametrize("block_rows", [0, 1, 4, 11, 100])
-def test_neighbours_match_the_plain_loop_whatever_the_block(block_rows: int) -> None:
-    vectors = torch.randn(11, 4, generator=torch.Generator().manual_seed(1))
-    neighbours, similarities = cosine_neighbours(vectors, 3, block_rows)
-    for item in range(11):
-        expected = nearest(vectors.double().numpy(), item, 3)
-        assert neighbours[item].tolist() == [j for j, _ in expected]
-        np.testing.assert_allclose(similarities[item], [value for _, value in expected], rtol=1e-5)
-
-
-def test_an_item_is_not_its_own_neighbour_even_among_copies_of_itself() -> None:
-    neighbours, similarities = cosine_neighbours(torch.ones(5, 3), 2)
-    assert (neighbours != torch.arange(5)[:, None]).all()
-    torch.testing.assert_close(similarities, torch.ones(5, 2))
-
-
-@pytest.mark.parametrize(("n_items", "expected_k"), [(1, 0), (3, 2)])
-def test_lists_are_as_long_as_there_are_other_items(n_items: int, expected_k: int) -> None:
-    neighbours, similarities = cosine_neighbours(torch.randn(n_items, 3), 10)
-    assert neighbours.shape == similarities.shape == (n_items, expected_k)
-
-
-def test_a_row_of_zeros_has_cosine_zero_with_every_row() -> None:
-    vectors = torch.randn(6, 3)
-    vectors[2] = 0
-    _, similarities = cosine_neighbours(vectors, 5)
-    assert similarities[2].abs().max() == 0
-    assert similarities.isfinite().all()
 
 
 def test_the_graph_of_all_pairs_is_the_adjacency_and_of_some_that_of_a_smaller_training_set() -> None:
