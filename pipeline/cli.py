@@ -76,6 +76,45 @@ def dataset(
 
 
 @app.command(rich_help_panel=STAGES)
+def finetune(
+    dataset: Annotated[str, typer.Argument(help="Name, key or folder of a dataset artefact.")],
+    encoder: Annotated[str, typer.Option(help="What is tuned; `tandem encoders` lists the forms.")] = "tiny",
+    epochs: Annotated[int, typer.Option(min=1, help="Most passes over the items.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=2, help="Items contrasted with each other.")] = 256,
+    mode: Annotated[
+        Literal["full", "last-n", "lora"], typer.Option(help="Which parameters are trained.")
+    ] = "full",
+    seed: Annotated[int, typer.Option(min=0, help="Of held-out items, order and augmentation.")] = 0,
+    name: NameOption = "",
+    set_: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Fine-tune an encoder on a dataset's pictures and texts, the epoch chosen on held-out items.
+
+    Stopped or killed, the same command goes on from its last checkpoint.
+
+    Examples: `tandem finetune shop --encoder open_clip/ViT-B-32:openai --epochs 5 --name tuned-clip`, then
+    `tandem extract shop --encoder store/tuned-clip --modality image` · `tandem finetune shop --mode lora
+    --set finetuning.objectives.co_purchase=0.5 --set finetuning.optimizer.learning_rate=1e-4`
+    """
+    from pipeline.config import parse_config, with_overrides
+    from pipeline.stages.finetune_encoder import FinetuneSettings, finetune_encoder
+
+    out = Output(as_json=json)
+    raw = {
+        "encoder": encoder,
+        "seed": seed,
+        "finetuning": {"epochs": epochs, "batch_size": batch_size, "tuning": {"mode": mode}},
+    }
+    settings = parse_config(with_overrides(raw, set_ or []), FinetuneSettings, "--set")
+    opened = open_store(store, out)
+    result = finetune_encoder(opened, dataset, settings, reporter=out.reporter, force=force)
+    _finish(out, opened, result, name)
+
+
+@app.command(rich_help_panel=STAGES)
 def extract(
     dataset: Annotated[str, typer.Argument(help="Name, key or folder of a dataset artefact.")],
     encoder: Annotated[str, typer.Option(help="What encodes; `tandem encoders` lists the forms.")] = "tiny",
@@ -286,13 +325,16 @@ def encoders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> No
     """
     from features.encoders.presets import presets
     from features.encoders.registry import FAMILIES, OF_A_CATALOGUE
+    from pipeline.encoder_specs import stored_spec
     from pipeline.encoder_tables import preset_table
 
     out = Output(as_json=json)
-    cached = Counter(str(a.manifest.parameters["encoder"]) for a in open_store(store, out).list("features"))
+    opened = open_store(store, out)
+    cached = Counter(str(a.manifest.parameters["encoder"]) for a in opened.list("features"))
     named = {name: cached.pop(name, 0) for name in presets()}
     families = [*FAMILIES.values(), *OF_A_CATALOGUE.values()]
     examples = [family.example for family in families] + ["shuffled:tiny", "given"]
+    examples += [stored_spec(artefact) for artefact in opened.list("encoder")] or ["store/<encoder artefact>"]
     forms = [{"spec": spec, "cached": cached.pop(spec, 0)} for spec in examples]
     forms += [{"spec": spec, "cached": count} for spec, count in sorted(cached.items())]
     if out.as_json:
@@ -309,31 +351,36 @@ def encoders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> No
 
 
 @app.command(rich_help_panel=STAGES)
-def recommenders(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
-    """List the recommenders, what they read, their settings, and how many runs of each the store holds."""
-    from recommenders.models.registry import MODELS
+def recommenders(
+    name: Annotated[str, typer.Argument(help="Show the settings of this one; all are listed without.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """List the recommenders with paper, settings and how many runs the store holds; or one, in full.
+
+    Examples: `tandem recommenders` · `tandem recommenders vbpr`
+    """
+    from pipeline.recommender_tables import described, every_setting, listed
 
     out = Output(as_json=json)
+    if name:
+        document = described(name)
+        columns = ("setting", "default", "meaning")
+        out.show(document, table(str(document["title"] or name), columns, every_setting(document)))
+        return
     runs = Counter(str(a.manifest.parameters["model"]) for a in open_store(store, out).list("run"))
-    documents: list[dict[str, Any]] = [
-        {
-            "model": name,
-            "reads": "features" if entry.model.needs_features else "interactions",
-            "settings": {key: field.default for key, field in entry.config.model_fields.items()},
-            "runs": runs[name],
-        }
-        for name, entry in MODELS.items()
-    ]
+    documents = listed(runs)
     rows = [
         (
             document["model"],
+            document["paper"],
             document["reads"],
-            ", ".join(f"{key} {value}" for key, value in document["settings"].items()),
             document["runs"] or "",
+            ", ".join(f"{key} {value}" for key, value in document["settings"].items()),
         )
         for document in documents
     ]
-    out.show(documents, table("Recommenders", ("model", "reads", "settings", "runs"), rows))
+    out.show(documents, table("Recommenders", ("model", "paper", "reads", "runs", "settings"), rows))
 
 
 @app.command("train-tiny", rich_help_panel=STAGES)

@@ -41,6 +41,12 @@ class MemoryEstimate:
         """At the peak, without what exists before the training: model, graphs and features."""
         return self.peak_bytes - sum(self.parts[name] for name in ("parameters", "graphs", "features"))
 
+    def described(self) -> str:
+        """Say it in one line, the largest parts first."""
+        largest = sorted(self.parts.items(), key=lambda part: -part[1])[:4]
+        of_what = ", ".join(f"{name} {_mb(n_bytes)} MB" for name, n_bytes in largest)
+        return f"training is estimated to need {_mb(self.to_come_bytes)} MB of memory (largest: {of_what})"
+
 
 def estimate_memory(
     model: Recommender,
@@ -91,13 +97,9 @@ def check_memory(estimate: MemoryEstimate, available: int) -> None:
     """
     if estimate.to_come_bytes <= available:
         return
-    largest = sorted(estimate.parts.items(), key=lambda part: -part[1])[:4]
     raise TrainingError(
-        f"This training is estimated to need {_mb(estimate.to_come_bytes)} MB of memory, and "
-        f"{_mb(available)} MB are free (largest: "
-        + ", ".join(f"{name} {_mb(n_bytes)} MB" for name, n_bytes in largest)
-        + "). Lower training.batch_size, evaluation.block_mb or the model's dim, or set "
-        "training.check_memory to false to try all the same."
+        f"This {estimate.described()}, and {_mb(available)} MB are free. Lower training.batch_size, "
+        "evaluation.block_mb or the model's dim, or set training.check_memory to false to try all the same."
     )
 
 

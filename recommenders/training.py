@@ -14,7 +14,15 @@ from typing import Annotated, Literal, cast
 import numpy as np
 import polars as pl
 import torch
-from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 from torch import Tensor
 
 from recommenders.checkpoints import (
@@ -39,6 +47,8 @@ HistoryRow = dict[str, float]
 """One epoch: ``epoch``, ``loss``, ``seconds``; where it was evaluated, ``valid_recall@20`` and so on; and
 ``gradient_norm``, the mean over its steps before clipping, where gradients are clipped."""
 
+_WORTH_TELLING = 0.25
+"""Share of the free memory from which a training says how much it will need."""
 PHASES = ("sampling", "forward", "backward", "evaluation", "checkpoint")
 """What an epoch's time is spent on; ``backward`` includes the optimiser's step."""
 
@@ -80,6 +90,12 @@ class TrainingConfig(SamplingConfig, frozen=True, extra="forbid"):
         True, description="Refuse a training whose estimated memory is more than there is."
     )
 
+    @field_validator("amp", mode="before")
+    @classmethod
+    def _off_is_no_boolean(cls, raw: object) -> object:
+        """Take YAML's word for it: there an unquoted off is the value false."""
+        return "off" if raw is False else raw
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingResult:
@@ -113,6 +129,7 @@ def train(
     rng: np.random.Generator,
     checkpoint_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
     watch: Callable[[HistoryRow], bool] | None = None,
 ) -> TrainingResult:
     """Train until validation stops improving, and leave the model at its best epoch.
@@ -131,6 +148,7 @@ def train(
         rng: Source of the order of pairs, the negatives and what a model draws itself.
         checkpoint_folder: Where to keep the checkpoint; the caller deletes it (``delete_checkpoint``).
         progress: Called with epochs done and ``config.epochs`` after each epoch.
+        say: Told the estimated memory, where that is a large share of what there is.
         watch: Called with each epoch's row, first with those of a checkpoint; True ends the training there.
 
     Raises:
@@ -151,8 +169,11 @@ def train(
         optimizer=config.optimizer,
         evaluation=evaluation,
     )
+    available = available_bytes(next(model.parameters()).device)
     if config.check_memory:
-        check_memory(memory, available_bytes(next(model.parameters()).device))
+        check_memory(memory, available)
+    if say and memory.to_come_bytes > _WORTH_TELLING * available:
+        say(f"  {memory.described()}; {available / 1e6:,.0f} MB are free")
     loop = _Loop(
         model, train=train, valid=valid, features=features, config=config, evaluation=evaluation, rng=rng
     )
@@ -298,9 +319,9 @@ class _Loop:
             self.clock.lap("forward")
             self.optimizer.zero_grad()
             if self.scaler is None:
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call] # torch leaves it without types
             else:
-                self.scaler.scale(loss).backward()
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call] # as above
             if self.config.max_gradient_norm:
                 norms.append(self._clip())
             if self.scaler is None:

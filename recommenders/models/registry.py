@@ -50,6 +50,7 @@ from recommenders.models.lightgcn import LightGcn, LightGcnConfig
 from recommenders.models.mgcn import Mgcn, MgcnConfig
 from recommenders.models.mmgcl import Mmgcl, MmgclConfig
 from recommenders.models.mmgcn import Mmgcn, MmgcnConfig
+from recommenders.models.papers import PAPERS, Paper
 from recommenders.models.pgl import Pgl, PglConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
 from recommenders.models.random_scores import RandomScores, RandomScoresConfig
@@ -71,32 +72,36 @@ class ModelEntry:
     model: type[Recommender]
     search: Mapping[str, Range] = field(default_factory=dict)
     """The model module's ``SEARCH``, where its source is named; nothing: there is nothing to search."""
+    paper: Paper | None = None
+    """Where it was published; None for floors that come from no paper."""
 
 
 MODELS: dict[str, ModelEntry] = {
     "popularity": ModelEntry(PopularityConfig, Popularity),
     "random": ModelEntry(RandomScoresConfig, RandomScores),
-    "itemknn": ModelEntry(ItemKnnConfig, ItemKnn, item_knn.SEARCH),
-    "ease": ModelEntry(EaseConfig, Ease, ease.SEARCH),
-    "itemknn_content": ModelEntry(ItemKnnContentConfig, ItemKnnContent, item_knn.SEARCH_CONTENT),
-    "bpr": ModelEntry(BprMfConfig, BprMf, bpr_mf.SEARCH),
-    "lightgcn": ModelEntry(LightGcnConfig, LightGcn, lightgcn.SEARCH),
-    "layergcn": ModelEntry(LayerGcnConfig, LayerGcn, layergcn.SEARCH),
-    "selfcf": ModelEntry(SelfCfConfig, SelfCf, selfcf.SEARCH),
-    "vbpr": ModelEntry(VbprConfig, Vbpr, vbpr.SEARCH),
-    "mgcn": ModelEntry(MgcnConfig, Mgcn, mgcn.SEARCH),
-    "smore": ModelEntry(SmoreConfig, Smore, smore.SEARCH),
-    "lgmrec": ModelEntry(LgmRecConfig, LgmRec, lgmrec.SEARCH),
-    "dualgnn": ModelEntry(DualGnnConfig, DualGnn, dualgnn.SEARCH),
-    "dragon": ModelEntry(DragonConfig, Dragon, dragon.SEARCH),
-    "grcn": ModelEntry(GrcnConfig, Grcn, grcn.SEARCH),
-    "pgl": ModelEntry(PglConfig, Pgl, pgl.SEARCH),
-    "bm3": ModelEntry(Bm3Config, Bm3, bm3.SEARCH),
-    "mmgcn": ModelEntry(MmgcnConfig, Mmgcn, mmgcn.SEARCH),
-    "mmgcl": ModelEntry(MmgclConfig, Mmgcl, mmgcl.SEARCH),
-    "slmrec": ModelEntry(SlmrecConfig, Slmrec, slmrec.SEARCH),
-    "lattice": ModelEntry(LatticeConfig, Lattice, lattice.SEARCH),
-    "freedom": ModelEntry(FreedomConfig, Freedom, freedom.SEARCH),
+    "itemknn": ModelEntry(ItemKnnConfig, ItemKnn, item_knn.SEARCH, PAPERS["itemknn"]),
+    "ease": ModelEntry(EaseConfig, Ease, ease.SEARCH, PAPERS["ease"]),
+    "itemknn_content": ModelEntry(
+        ItemKnnContentConfig, ItemKnnContent, item_knn.SEARCH_CONTENT, PAPERS["itemknn_content"]
+    ),
+    "bpr": ModelEntry(BprMfConfig, BprMf, bpr_mf.SEARCH, PAPERS["bpr"]),
+    "lightgcn": ModelEntry(LightGcnConfig, LightGcn, lightgcn.SEARCH, PAPERS["lightgcn"]),
+    "layergcn": ModelEntry(LayerGcnConfig, LayerGcn, layergcn.SEARCH, PAPERS["layergcn"]),
+    "selfcf": ModelEntry(SelfCfConfig, SelfCf, selfcf.SEARCH, PAPERS["selfcf"]),
+    "vbpr": ModelEntry(VbprConfig, Vbpr, vbpr.SEARCH, PAPERS["vbpr"]),
+    "mgcn": ModelEntry(MgcnConfig, Mgcn, mgcn.SEARCH, PAPERS["mgcn"]),
+    "smore": ModelEntry(SmoreConfig, Smore, smore.SEARCH, PAPERS["smore"]),
+    "lgmrec": ModelEntry(LgmRecConfig, LgmRec, lgmrec.SEARCH, PAPERS["lgmrec"]),
+    "dualgnn": ModelEntry(DualGnnConfig, DualGnn, dualgnn.SEARCH, PAPERS["dualgnn"]),
+    "dragon": ModelEntry(DragonConfig, Dragon, dragon.SEARCH, PAPERS["dragon"]),
+    "grcn": ModelEntry(GrcnConfig, Grcn, grcn.SEARCH, PAPERS["grcn"]),
+    "pgl": ModelEntry(PglConfig, Pgl, pgl.SEARCH, PAPERS["pgl"]),
+    "bm3": ModelEntry(Bm3Config, Bm3, bm3.SEARCH, PAPERS["bm3"]),
+    "mmgcn": ModelEntry(MmgcnConfig, Mmgcn, mmgcn.SEARCH, PAPERS["mmgcn"]),
+    "mmgcl": ModelEntry(MmgclConfig, Mmgcl, mmgcl.SEARCH, PAPERS["mmgcl"]),
+    "slmrec": ModelEntry(SlmrecConfig, Slmrec, slmrec.SEARCH, PAPERS["slmrec"]),
+    "lattice": ModelEntry(LatticeConfig, Lattice, lattice.SEARCH, PAPERS["lattice"]),
+    "freedom": ModelEntry(FreedomConfig, Freedom, freedom.SEARCH, PAPERS["freedom"]),
 }
 
 

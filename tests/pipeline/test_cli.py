@@ -140,6 +140,25 @@ def test_lists_of_encoders_and_recommenders_count_what_the_store_holds(shell: Sh
     vbpr = next(row for row in shell.json("recommenders") if row["model"] == "vbpr")
     assert vbpr["reads"] == "features"
     assert vbpr["runs"] == 6
+    assert (vbpr["paper"], vbpr["year"]) == ("He and McAuley, AAAI 2016", 2016)
+    assert vbpr["settings"]["dim"] == 64
+
+
+def test_one_recommender_is_shown_with_every_setting_and_its_range(shell: Shell) -> None:
+    bpr = shell.json("recommenders", "bpr")
+    assert (bpr["venue"], bpr["year"], bpr["reads"]) == ("UAI", 2009, "interactions")
+    settings = {setting["setting"]: setting for setting in bpr["settings"]}
+    assert settings["l2"]["default"] == 0.05
+    assert settings["l2"]["search"][0] == 2.0
+    assert settings["loss"]["one_of"] == ["bpr", "softmax", "bce", "directau"]
+    assert settings["training.learning_rate"]["search"] == [0.0001, 0.0005, 0.001, 0.005]
+    assert all(setting["description"] for setting in bpr["settings"])
+    code, out, _ = shell("recommenders", "itemknn")
+    assert code == 0
+    assert "Searched: 5 to 1000." in " ".join(out.split())
+    code, _, err = shell("recommenders", "bprr")
+    assert code == 2
+    assert "Did you mean 'bpr'" in err
 
 
 def test_doctor_names_every_topic(shell: Shell) -> None:

@@ -160,6 +160,10 @@ def test_a_model_that_half_precision_breaks_is_told(world: World, monkeypatch: p
         run(built("bpr", world.split.train), world, with_settings(amp="bf16"))
 
 
+def test_off_as_yaml_reads_it_is_off() -> None:
+    assert TrainingConfig.model_validate({"amp": False}).amp == "off"
+
+
 def test_fp16_without_a_gpu_is_refused_before_training(world: World) -> None:
     with pytest.raises(TrainingError, match=r"amp is 'fp16' on a cpu.*Choose bf16, or off"):
         run(vbpr(world), world, with_settings(amp="fp16"))
