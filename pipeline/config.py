@@ -20,6 +20,7 @@ from pipeline.datasets.config import DatasetConfig
 from pipeline.device import DeviceChoice
 from pipeline.errors import ConfigError
 from pipeline.reading import ReadingConfig
+from recommenders.beyond_accuracy import list_metric_names
 from recommenders.evaluation import EvaluationConfig
 from recommenders.metrics import metric_names
 from recommenders.models.registry import MODELS, Setting, model_config
@@ -140,7 +141,12 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     def _measured(self) -> RunConfig:
         """Refuse a metric that nobody will measure before hours of training, not after them."""
         of_users = metric_names(self.evaluation.ks)
-        known = [*of_users, *(f"coverage@{k}" for k in self.evaluation.ks)]
+        of_lists = [name for name in list_metric_names(self.evaluation.ks) if not name.startswith("popreo")]
+        known = [
+            *of_users,
+            *(f"coverage@{k}" for k in self.evaluation.ks),
+            *of_lists,
+        ]  # popreo may be undefined
         wanted = {
             "training.monitor": ([self.training.monitor], of_users),
             "comparison.metric": ([self.comparison.metric], of_users),

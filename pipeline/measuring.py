@@ -1,4 +1,4 @@
-"""What a run's test lists are like beyond accuracy, and for which users and items they are right."""
+"""What a run's lists are like beyond accuracy, and for which users and items they are right."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Groups = Mapping[str, NDArray[np.bool_]]
 def beyond_accuracy(
     measured: Evaluation, split: Split, table: FeatureTable, items: pl.DataFrame, config: EvaluationConfig
 ) -> dict[str, float]:
-    """Metrics of the test lists as a whole; see `recommenders.beyond_accuracy` for their meaning.
+    """Metrics of a part's lists as a whole; see `recommenders.beyond_accuracy` for their meaning.
 
     Args:
         measured: With lists kept.
@@ -42,12 +42,8 @@ def beyond_accuracy(
         `gini@20` and so on, `ild_<modality>@20`, and `ild_categories@20` where items have categories.
     """
     assert measured.lists is not None  # noqa: S101 - the caller kept them
-    assert measured.hits is not None  # noqa: S101 - as above
-    assert measured.relevant is not None  # noqa: S101 - as above
-    lists, n_items = measured.lists, split.train.n_items
-    popularity = _popularity(split)
-    relevant_counts = np.bincount(measured.relevant.item_rows, minlength=n_items)
-    found = list_metrics(lists, measured.hits, relevant_counts, popularity, config.ks)
+    lists = measured.lists
+    found = _of_exposure(measured, split, config)
     for modality in table.modalities:
         for k in config.ks:
             distances = intra_list_distance(lists, table.vectors[modality], table.present[modality], k)
@@ -56,7 +52,27 @@ def beyond_accuracy(
         categories = _categories(items[CATEGORY_COLUMN])
         for k in config.ks:
             found[f"ild_categories@{k}"] = _mean(category_distance(lists, categories, k))
-    return {name: value for name, value in found.items() if np.isfinite(value)}
+    return _finite(found)
+
+
+def exposure(measured: Evaluation, split: Split, config: EvaluationConfig) -> dict[str, float]:
+    """Metrics of which items a part's lists show, `gini@20` and so on, without those of diversity.
+
+    They take milliseconds, as no feature is looked at.
+    """
+    return _finite(_of_exposure(measured, split, config))
+
+
+def _of_exposure(measured: Evaluation, split: Split, config: EvaluationConfig) -> dict[str, float]:
+    assert measured.lists is not None  # noqa: S101 - the caller kept them
+    assert measured.hits is not None  # noqa: S101 - as above
+    assert measured.relevant is not None  # noqa: S101 - as above
+    relevant_counts = np.bincount(measured.relevant.item_rows, minlength=split.train.n_items)
+    return list_metrics(measured.lists, measured.hits, relevant_counts, _popularity(split), config.ks)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
 def by_group(

@@ -24,6 +24,8 @@ from recommenders.training import TrainingConfig
 
 TRAINING = "training."
 """Before the name of a setting of training, such as ``training.learning_rate``; others are the model's."""
+_NOT_SEARCHED = {"monitor", "check_memory"}
+"""Settings of training that choose no model."""
 GRID_POINTS = 5
 """Values that a grid takes of a range without a list."""
 
@@ -103,7 +105,7 @@ def check_range(model: str, name: str, values: Range) -> None:
     where = f"search.ranges.{model}.{name}"
     fields = model_entry(model).config.model_fields
     of_training = name.startswith(TRAINING)
-    of_all = [f"{TRAINING}{field}" for field in TrainingConfig.model_fields if field != "monitor"]
+    of_all = [f"{TRAINING}{field}" for field in TrainingConfig.model_fields if field not in _NOT_SEARCHED]
     known = [*fields, *of_all]
     if name == f"{TRAINING}monitor":
         raise SearchError(f"{where}: choices are made by the monitor, so it cannot be one; leave it out.")

@@ -121,7 +121,8 @@ def _check_metrics(run: RunRecord, config: ComparisonConfig) -> None:
             near = difflib.get_close_matches(metric, known, n=3) or known
             raise ConfigError(
                 f"{run.label} was not measured by {metric!r}; it has {', '.join(near) or 'nothing'}. "
-                "Name one of these in comparison.metric and comparison.more_metrics, or measure at that k."
+                "Name one of these in comparison.metric and comparison.more_metrics, measure at that k, or "
+                "train the run again (--force) if it is from before the metric."
             )
     values = run.user_values(config.metric)
     if values is None:

@@ -16,7 +16,10 @@ from pipeline.comparison.tables import Comparison, compare_runs
 from pipeline.progress import SILENT, Reporter
 from pipeline.reading import ReadingConfig
 from pipeline.stages.result import StageResult
+from recommenders.models.registry import model_entry
 from recommenders.search_space import TRAINING
+from recommenders.settings import identity
+from recommenders.training import TrainingConfig
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -105,7 +108,9 @@ def read_record(run: Artefact) -> RunRecord:
         seed=int(str(shown["seed"])),
         dataset=str(shown["dataset"]),
         split_fingerprint=str(shown["split_fingerprint"]),
-        settings=_settings({name: _as_now(name, shown[name]) for name in settings}, shown.get("search")),
+        settings=_settings(
+            {name: _as_now(name, shown[name], str(shown["model"])) for name in settings}, shown.get("search")
+        ),
         valid=part("valid"),
         test=part("test"),
         per_user=pl.read_parquet(run.path("per_user.parquet")),
@@ -114,9 +119,12 @@ def read_record(run: Artefact) -> RunRecord:
     )
 
 
-def _as_now(name: str, settings: JsonValue) -> JsonValue:
-    """Settings of a run with those that came after it at their defaults, so that equal runs stay one row."""
-    return ReadingConfig.model_validate(settings).model_dump(mode="json") if name == "reading" else settings
+def _as_now(name: str, settings: JsonValue, model: str) -> JsonValue:
+    """Settings of a run that tell it from others; one of before a setting is a run with its default."""
+    if name == "reading":
+        return ReadingConfig.model_validate(settings).model_dump(mode="json")
+    config = TrainingConfig if name == "training" else model_entry(model).config
+    return identity(config.model_validate(settings))
 
 
 def _settings(settings: dict[str, JsonValue], search: JsonValue) -> dict[str, JsonValue]:

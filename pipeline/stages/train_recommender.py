@@ -23,7 +23,7 @@ from features.parts import PartRows, write_part
 from pipeline.comparison.records import NO_FEATURES
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.errors import ConfigError
-from pipeline.measuring import beyond_accuracy, by_group
+from pipeline.measuring import beyond_accuracy, by_group, exposure
 from pipeline.progress import SILENT, Progress, Reporter
 from pipeline.reading import (
     Dataset,
@@ -39,6 +39,7 @@ from recommenders.evaluation import Evaluation, EvaluationConfig, Scorer, evalua
 from recommenders.feature_input import FeatureTable
 from recommenders.models.registry import Setting, build_model, model_config, model_entry
 from recommenders.search_space import with_choice
+from recommenders.settings import identity
 from recommenders.training import HistoryRow, TrainingConfig, TrainingResult, train
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def train_recommender(
 
     def make(draft: Draft) -> None:
         with reporter.progress(f"{config.model} {label} seed {config.seed}") as progress:
-            _train_and_measure(draft, data, tables, config, device=device, progress=progress)
+            _train_and_measure(
+                draft, data, tables, config, device=device, progress=progress, say=reporter.say
+            )
             if found is not None:
                 draft.record(**_search_costs(found))
 
@@ -211,9 +214,9 @@ def run_identity(
         "dataset": data.key,
         "features": {modality: artefact.key for modality, artefact in tables.items()},
         "model": config.model,
-        "settings": model_config(config.model, config.settings).model_dump(mode="json"),
+        "settings": identity(model_config(config.model, config.settings)),
         "reading": config.reading.identity() if reads else {},
-        "training": config.training.model_dump(mode="json"),
+        "training": identity(config.training),
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"block_users", "block_mb"}),
         "seed": config.seed,
         "device": device.type,
@@ -286,6 +289,7 @@ def fit(
     device: torch.device,
     checkpoint_folder: Path,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
     watch: Callable[[HistoryRow], bool] | None = None,
 ) -> tuple[Recommender, TrainingResult]:
     """Build a model and train it by its seed, the epoch chosen on validation; the test part is no argument.
@@ -306,6 +310,7 @@ def fit(
             rng=training_rng,
             checkpoint_folder=checkpoint_folder,
             progress=progress,
+            say=say,
             watch=watch,
         )
     return model, trained
@@ -319,6 +324,7 @@ def _train_and_measure(
     *,
     device: torch.device,
     progress: Progress,
+    say: Callable[[str], None],
 ) -> None:
     dataset = read_dataset(data)
     split = dataset.split
@@ -334,18 +340,22 @@ def _train_and_measure(
         device=device,
         checkpoint_folder=draft.scratch,
         progress=progress,
+        say=say,
     )
     train_seconds, started = time.perf_counter() - started, time.perf_counter()
     model.eval()
     scorer = model.scorer(table)
-    valid = evaluate_part(scorer, split, "valid", config.evaluation, device=device)
+    valid = evaluate_part(scorer, split, "valid", config.evaluation, device=device, keep_lists=True)
     test = evaluate_part(  # once, after the choice
         scorer, split, "test", config.evaluation, device=device, keep_lists=True
     )
     evaluate_seconds = time.perf_counter() - started
     _write_model(draft, model, table, dataset)
     items = pl.read_parquet(data.path("items.parquet"))
-    more = beyond_accuracy(test, split, table, items, config.evaluation)
+    more = {
+        "valid": exposure(valid, split, config.evaluation),
+        "test": beyond_accuracy(test, split, table, items, config.evaluation),
+    }
     _write_metrics(draft, valid, test, more)
     by_group(test, split, table, config.evaluation).write_parquet(draft.path("groups.parquet"))
     trained.history_frame().write_parquet(draft.path("history.parquet"))
@@ -359,6 +369,7 @@ def _train_and_measure(
         resumed_after=trained.resumed_after,
         seconds_by_phase=dict(trained.seconds),
         peak_memory_bytes=_peak_memory(device),
+        **({"estimated_memory_bytes": trained.memory.peak_bytes} if trained.memory else {}),
         features_read=read.counts,
         feature_seconds=sum(artefact.manifest.seconds for artefact in tables.values()),
         feature_bytes=sum(artefact.manifest.bytes for artefact in tables.values()),
@@ -404,12 +415,14 @@ def _write_model(draft: Draft, model: Recommender, table: FeatureTable, dataset:
         write_part(draft.path(name), PartRows(ids, absent, ["ok"] * len(ids), absent, array))
 
 
-def _write_metrics(draft: Draft, valid: Evaluation, test: Evaluation, more: Mapping[str, float]) -> None:
-    """Write what was measured; what lists are like beyond accuracy is known of the test part only."""
+def _write_metrics(
+    draft: Draft, valid: Evaluation, test: Evaluation, more: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Write what was measured, and by part what lists are like beyond accuracy."""
     rows = [
         {"part": part, "metric": metric, "value": value}
-        for part, metrics in (("valid", valid.metrics), ("test", {**test.metrics, **more}))
-        for metric, value in metrics.items()
+        for part, measured in (("valid", valid), ("test", test))
+        for metric, value in {**measured.metrics, **more[part]}.items()
     ]
     pl.DataFrame(rows).write_parquet(draft.path("metrics.parquet"))
     test.per_user.write_parquet(draft.path("per_user.parquet"))

@@ -86,6 +86,12 @@ def test_a_metric_that_nobody_measures_is_refused_before_the_work(raw: dict[str,
         parse_config(raw, RunConfig)
 
 
+def test_a_comparison_may_show_what_lists_are_like_where_that_is_always_defined() -> None:
+    parse_config({"comparison": {"more_metrics": ["ndcg@20", "gini@20", "epc@5", "coverage@10"]}}, RunConfig)
+    with pytest.raises(ConfigError, match=r"is not measured at evaluation\.ks"):
+        parse_config({"comparison": {"more_metrics": ["popreo@20"]}}, RunConfig)
+
+
 def test_a_feature_set_names_its_encoders_by_modality() -> None:
     assert FeatureSetConfig(image="tiny", text="random").encoders() == [
         ("image", "tiny"),

@@ -403,4 +403,4 @@ def test_a_range_of_nothing_is_one_message(shop: Shop, capsys: pytest.CaptureFix
     asked = ["search", shop.dataset.ref, "--model", "bpr", "--set", "search.ranges.bpr.l3=[1]"]
     code, _, err = tandem(shop, capsys, *asked)
     assert code == EXIT_USER_ERROR
-    assert "bpr has no such setting; expected one of dim, l2, item_bias" in err
+    assert "bpr has no such setting; expected one of loss, temperature, uniformity_weight, dim, l2" in err

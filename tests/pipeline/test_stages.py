@@ -7,24 +7,28 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from PIL import Image
 
 from features.encoding import ExtractionConfig
 from features.errors import EncoderError
 from features.feature_table import FeatureSet, read_rows
 from features.indexing import IndexConfig
+from pipeline.comparison.config import ComparisonConfig
 from pipeline.datasets.config import DatasetConfig
 from pipeline.errors import ConfigError, DatasetError, StoreError
 from pipeline.exporting import export_features
 from pipeline.queries import Query, similar_items, write_recommendations
 from pipeline.reading import read_dataset
 from pipeline.stages.build_index import build_index
+from pipeline.stages.compare_features import compare_features, restore_comparison
 from pipeline.stages.extract_features import FeaturesConfig, extract_features
 from pipeline.stages.prepare_dataset import prepare_dataset
 from pipeline.stages.result import StageResult
-from pipeline.stages.train_recommender import RunSettings, feature_label, train_recommender
+from pipeline.stages.train_recommender import RunSettings, feature_label, run_identity, train_recommender
 from pipeline.store import Store
 from pipeline.two_stage import PlainStages, TwoStageResult, run_two_stage
+from recommenders.training import TrainingConfig
 from tests.pipeline.small_runs import SMALL_DATASET, small_run
 
 
@@ -106,6 +110,43 @@ def test_the_stored_test_figures_are_the_means_of_the_stored_users(finished: Two
         test = dict(metrics.filter(pl.col("part") == "test").select("metric", "value").iter_rows())
         users = pl.read_parquet(run.artefact.path("per_user.parquet"))
         assert users["recall@5"].mean() == pytest.approx(test["recall@5"])
+
+
+def test_runs_know_their_estimated_memory_and_both_parts_which_items_lists_show(
+    finished: TwoStageResult,
+) -> None:
+    for run in finished.runs:
+        facts = run.artefact.manifest.facts
+        trained = run.artefact.manifest.parameters["model"] == "vbpr"
+        assert ("estimated_memory_bytes" in facts) == trained
+        metrics = pl.read_parquet(run.artefact.path("metrics.parquet"))
+        valid, test = (set(metrics.filter(pl.col("part") == part)["metric"]) for part in ("valid", "test"))
+        assert {"gini@5", "arp@10", "aplt@5", "epc@5", "efd@10"} <= valid & test
+        assert not any(name.startswith("ild") for name in valid)
+
+
+def test_a_comparison_shows_what_lists_are_like(store: Store, finished: TwoStageResult) -> None:
+    keys = [run.artefact.key for run in finished.runs]
+    config = ComparisonConfig(metric="recall@5", more_metrics=("ndcg@5", "gini@5", "epc@10"))
+    shown = restore_comparison(compare_features(store, keys, config).artefact)
+    for row in shown.rows:
+        assert 0 <= row.valid["gini@5"].mean <= 1
+        assert 0 <= row.test["epc@10"].mean <= 1
+
+
+def test_settings_that_came_later_leave_keys_as_they_were(finished: TwoStageResult) -> None:
+    run = next(run for run in finished.runs if run.artefact.manifest.parameters["model"] == "vbpr")
+    settings = RunSettings(model="bpr")
+    known = run_identity(run.artefact, {}, settings, torch.device("cpu"))
+    assert set(known["training"]) == {
+        *("epochs", "batch_size", "learning_rate", "optimizer", "weight_decay", "n_negatives"),
+        *("patience", "eval_every", "monitor"),
+    }
+    assert set(known["settings"]) == {"dim", "l2", "item_bias"}
+    other = RunSettings(model="bpr", settings={"loss": "bce"}, training=TrainingConfig(negatives="hard"))
+    changed = run_identity(run.artefact, {}, other, torch.device("cpu"))
+    assert changed["settings"] == known["settings"] | {"loss": "bce"}
+    assert changed["training"] == known["training"] | {"negatives": "hard"}
 
 
 def test_the_comparison_names_its_split_and_the_floor_that_it_lacks(finished: TwoStageResult) -> None:

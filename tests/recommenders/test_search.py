@@ -322,6 +322,9 @@ def test_what_a_user_has_decided_is_not_searched() -> None:
         ({"vbpr": {"l3": [1.0]}}, r"search\.ranges\.vbpr\.l3: vbpr has no such setting; expected one of dim"),
         ({"vbpr": {"training.epoch": [1]}}, r"vbpr has no such setting"),
         ({"vbpr": {"training.monitor": ["ndcg@20"]}}, "choices are made by the monitor"),
+        ({"vbpr": {"training.check_memory": [True]}}, r"vbpr has no such setting"),
+        ({"bpr": {"loss": ["bpr", "hinge"]}}, r"search\.ranges\.bpr\.loss holds 'hinge': .* 'softmax'"),
+        ({"bpr": {"training.negatives": ["rare"]}}, r"training\.negatives holds 'rare': .* 'in-batch'"),
         ({"vbpr": {"l2": []}}, r"search\.ranges\.vbpr\.l2 has no value"),
         ({"vbpr": {"l2": [0.1, -1.0]}}, r"l2 holds -1\.0: Input should be greater than or equal to 0"),
         ({"vbpr": {"dim": {"low": 0.5, "high": 2.5}}}, r"dim holds 0\.5: Input should be a valid integer"),
@@ -346,3 +349,23 @@ def test_a_choice_is_put_into_the_model_s_settings_and_those_of_training() -> No
     assert settings == {"dim": 8, "l2": 0.1}
     assert training == TrainingConfig(epochs=3, learning_rate=0.01)
     assert model_config("vbpr", settings)
+
+
+def test_negatives_and_losses_are_searched_like_other_settings() -> None:
+    ranges = {"bpr": {"loss": ["bpr", "softmax"], "training": {"negatives": ["uniform", "in-batch"]}}}
+    chosen = config(method="grid", ranges=ranges)
+    space = {
+        name: values
+        for name, values in search_space("bpr", chosen).items()
+        if name in {"loss", "training.negatives"}
+    }
+    tried = []
+    for choice in all_points(space):
+        settings, training = with_choice("bpr", {"dim": 8}, TrainingConfig(epochs=3), choice)
+        tried.append((model_config("bpr", settings).loss, training.negatives))
+    assert sorted(tried) == [
+        ("bpr", "in-batch"),
+        ("bpr", "uniform"),
+        ("softmax", "in-batch"),
+        ("softmax", "uniform"),
+    ]
