@@ -92,12 +92,15 @@ def knockout(
     Examples: `tandem knockout shop.yaml` · `tandem knockout shop.yaml --set seeds='[0, 1]' -o table.md`
     """
     from pipeline.config import RunConfig, load_config
+    from pipeline.encoder_specs import resolve_encoder
     from pipeline.knockout import knockout_config, knockout_results, to_json, to_markdown, to_table
     from pipeline.two_stage import PlainStages, run_two_stage
 
     out = Output(as_json=json)
     opened = open_store(store, out)
-    wanted, found = knockout_config(load_config(config, RunConfig, set_ or []))
+    wanted, found = knockout_config(
+        load_config(config, RunConfig, set_ or []), lambda spec: resolve_encoder(opened, spec).describe()
+    )
     stages = PlainStages(opened, out.reporter, force=force)
     result = run_two_stage(wanted, stages, lambda stage: out.reporter.say(stage.line()))
     assert result.comparison is not None  # noqa: S101 - a finished run has one

@@ -8,7 +8,7 @@ without it. Settings stay as they are: the question is what the features give, n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
+from features.encoders.base import EncoderInfo
 from features.encoders.registry import describe_encoder
 from features.errors import EncoderError
 from pipeline.config import FeatureSetConfig, RunConfig, RunSearchConfig
@@ -25,6 +26,7 @@ from pipeline.stages.result import StageResult
 from pipeline.two_stage import TwoStageResult
 from recommenders.significance import PairedComparison, compare_paired, holm, mean_over_seeds
 
+Describe = Callable[[str], EncoderInfo]
 Replacement = Literal["noise", "shuffled", "constant", "left out"]
 REPLACEMENTS: tuple[Replacement, ...] = get_args(Replacement)
 _FITTED_ELSEWHERE = ("given",)
@@ -60,7 +62,7 @@ class KnockoutResult:
         return self.result.mean_a / whole - 1 if whole else float("nan")
 
 
-def knockouts(feature_set: FeatureSetConfig) -> list[Knockout]:
+def knockouts(feature_set: FeatureSetConfig, describe: Describe = describe_encoder) -> list[Knockout]:
     """Each modality and, where there are several, all of them: by noise, shuffled, constant, or left out.
 
     Nothing is left out where nothing would remain, and vectors that came with a dataset are not shuffled.
@@ -83,13 +85,21 @@ def knockouts(feature_set: FeatureSetConfig) -> list[Knockout]:
                 ):
                     continue
                 for name in group:
-                    replaced[name] = _distinct([_stand_in(one, name, how) for one in encoders[name]])
+                    replaced[name] = _distinct(
+                        [_stand_in(one, name, how, describe) for one in encoders[name]]
+                    )
             made.append(Knockout(group, how, FeatureSetConfig.model_validate(replaced)))
     return made
 
 
-def knockout_config(config: RunConfig) -> tuple[RunConfig, list[Knockout]]:
+def knockout_config(
+    config: RunConfig, describe: Describe = describe_encoder
+) -> tuple[RunConfig, list[Knockout]]:
     """A run's configuration with its one feature set and all knock-outs of it, under a name of its own.
+
+    Args:
+        config: Of the run.
+        describe: Says what a specification is; one that knows the store also knows its encoders.
 
     Raises:
         ConfigError: Several feature sets, or no recommender that reads features.
@@ -109,7 +119,7 @@ def knockout_config(config: RunConfig) -> tuple[RunConfig, list[Knockout]]:
     for _, encoder in whole.encoders():
         if encoder.startswith(CONTROLS):
             raise ConfigError(f"{encoder} is noise already; knock out a feature set of real encoders.")
-    found = knockouts(whole)
+    found = knockouts(whole, describe)
     sets = (whole, *(knockout.feature_set for knockout in found))
     changes = {
         "feature_sets": sets,
@@ -237,14 +247,14 @@ def _distinct(encoders: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(encoders))
 
 
-def _stand_in(encoder: str, modality: str, how: Replacement) -> str:
+def _stand_in(encoder: str, modality: str, how: Replacement, describe: Describe) -> str:
     """What replaces an encoder: as many numbers a vector, and none of the meaning."""
     if how == "shuffled":
         return f"shuffled:{encoder}"
     dims: Mapping[str, int] = {}
     if encoder not in _FITTED_ELSEWHERE:
         try:
-            dims = {str(name): dim for name, dim in describe_encoder(encoder).dims.items()}
+            dims = {str(name): dim for name, dim in describe(encoder).dims.items()}
         except EncoderError as error:
             raise ConfigError(
                 f"the knock-out needs to know the length of {encoder}'s vectors: {error}"

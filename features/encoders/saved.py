@@ -76,7 +76,7 @@ def save_encoder(
         layout=layout,
         settings=settings,
         unit_length=inner is not encoder,
-        base=inner.info,
+        base=inner.info.model_copy(update={"spec": encoder.info.spec}),
         provenance=dict(provenance or {}),
         files=files,
     )

@@ -18,8 +18,6 @@ from features.encoders.base import Encoder, EncoderInfo, digest_json
 from features.encoders.precomputed import open_precomputed
 from features.encoders.registry import (
     ShuffledSpec,
-    describe_encoder,
-    load_encoder,
     parse_shuffled,
     plain_spec,
 )
@@ -32,6 +30,7 @@ from features.known import KnownVectors
 from features.precision import precision_in_key
 from features.precomputed import join_vectors
 from pipeline.device import DeviceChoice, choose_device
+from pipeline.encoder_specs import ResolvedEncoder, resolve_encoder
 from pipeline.errors import ConfigError
 from pipeline.progress import SILENT, Reporter
 from pipeline.reading import given_features_file, read_catalogue
@@ -74,7 +73,7 @@ def extract_features(
     Args:
         store: Where the dataset lies and the features go.
         dataset: Name, key or folder of a dataset artefact.
-        config: What to encode with what.
+        config: What to encode with what; the encoder may be `store/<encoder artefact>`.
         reporter: Told of progress.
         force: Encode everything again.
         retry_failed: Encode the rows that are not ``ok`` again; the others keep their vectors.
@@ -82,21 +81,24 @@ def extract_features(
     Raises:
         EncoderError: The encoder cannot be what its specification says.
         ConfigError: The encoder has no such modality, or the dataset brought no such features.
+        StoreError: There is no such dataset, or no such encoder artefact.
     """
     source = store.get(dataset, "dataset")
     catalogue = read_catalogue(source)
+    chosen = resolve_encoder(store, config.encoder)
+    config = config.model_copy(update={"encoder": chosen.spec})
     if config.encoder == GIVEN:
         return _keep_given(store, source, catalogue, config, force=force)
     shuffled = parse_shuffled(config.encoder)
     if shuffled is not None:
-        return _shuffle(store, source, config, shuffled, reporter=reporter, force=force)
-    info = describe_for(config)
+        return _shuffle(store, source, config, chosen, shuffled, reporter=reporter, force=force)
+    info = describe_for(config, chosen)
     if info.family == "precomputed":
         return _join_precomputed(store, source, catalogue, config, info, force=force)
     identity = features_identity(catalogue, config, info)
 
     def make(draft: Draft) -> None:
-        encoder, fitted = _open_encoder(config, catalogue)
+        encoder, fitted = _open_encoder(config, chosen, catalogue)
         extraction, probed = settle_precision(
             encoder, catalogue, config.modality, config.extraction, text=config.text
         )
@@ -125,7 +127,7 @@ def extract_features(
         "features",
         slug=features_slug(config, info),
         identity=identity,
-        inputs=[source.as_input("catalogue")],
+        inputs=[source.as_input("catalogue"), *chosen.inputs],
         parameters=shown_parameters(config, info),
         make=make,
         resumable=True,
@@ -134,14 +136,14 @@ def extract_features(
     return StageResult.of(outcome)
 
 
-def describe_for(config: FeaturesConfig) -> EncoderInfo:
-    """What is known of an encoder before it is loaded.
+def describe_for(config: FeaturesConfig, encoder: ResolvedEncoder) -> EncoderInfo:
+    """What is known of the configuration's encoder before it is loaded.
 
     Raises:
         EncoderError: It cannot be what its specification says.
         ConfigError: It has no such modality.
     """
-    info = describe_encoder(config.encoder)
+    info = encoder.describe()
     if config.modality not in info.modalities:
         raise ConfigError(
             f"{config.encoder} encodes {' and '.join(info.modalities)}, not {config.modality}; "
@@ -168,14 +170,16 @@ def restore_encoder(store: Store, features: Artefact) -> Encoder:
 
     Raises:
         ConfigError: It was fitted on a dataset that is no longer in the store.
+        StoreError: It is an encoder artefact that is no longer in the store.
         EncoderError: It cannot be had, or the features were not encoded here.
     """
     shown = features.manifest.parameters
     config = FeaturesConfig.model_validate(
         {name: shown[name] for name in ("encoder", "modality", "text", "extraction")} | {"device": "cpu"}
     )
+    chosen = resolve_encoder(store, config.encoder)
     if not is_fitted(config.encoder):
-        return load_encoder(config.encoder)
+        return chosen.load()
     reference = next(source for source in features.manifest.inputs if source.kind == "dataset")
     dataset = store.find("dataset", reference.key)
     if dataset is None:
@@ -183,13 +187,15 @@ def restore_encoder(store: Store, features: Artefact) -> Encoder:
             f"{features.ref} was made by {config.encoder}, fitted on a dataset that is no longer in the "
             "store; prepare the dataset again, or ask by --item."
         )
-    return _open_encoder(config, read_catalogue(dataset))[0].eval()
+    return _open_encoder(config, chosen, read_catalogue(dataset))[0].eval()
 
 
-def _open_encoder(config: FeaturesConfig, catalogue: Catalogue) -> tuple[Encoder, dict[str, JsonValue]]:
+def _open_encoder(
+    config: FeaturesConfig, chosen: ResolvedEncoder, catalogue: Catalogue
+) -> tuple[Encoder, dict[str, JsonValue]]:
     """The encoder on its device, fitted first where it needs that, and what fitting it gave."""
     if not is_fitted(config.encoder):
-        return load_encoder(config.encoder, device=choose_device(config.device)), {}
+        return chosen.load(device=choose_device(config.device)), {}
     plain, unit_length = plain_spec(config.encoder)
     texts = [text for text in catalogue.texts(config.text) if text]
     fitted = fit_tfidf(texts, plain)
@@ -309,6 +315,7 @@ def _shuffle(
     store: Store,
     source: Artefact,
     config: FeaturesConfig,
+    chosen: ResolvedEncoder,
     shuffled: ShuffledSpec,
     *,
     reporter: Reporter,
@@ -318,7 +325,7 @@ def _shuffle(
     plain = extract_features(
         store, source.key, config.model_copy(update={"encoder": shuffled.inner}), reporter=reporter
     ).artefact
-    info = describe_encoder(config.encoder)
+    info = chosen.describe()
 
     def make(draft: Draft) -> None:
         features = FeatureSet.read(plain.paths("part-*.parquet"))
@@ -355,7 +362,8 @@ def encoder_label(spec: str, info: EncoderInfo) -> str:
     shuffled = parse_shuffled(spec)
     if shuffled is not None:
         seed = f"@{shuffled.seed}" if shuffled.seed else ""
-        return f"shuffled:{encoder_label(shuffled.inner, describe_encoder(shuffled.inner))}{seed}"
+        plain = info.model_copy(update={"name": info.name.removeprefix(f"shuffled-{shuffled.seed}-")})
+        return f"shuffled:{encoder_label(shuffled.inner, plain)}{seed}"
     if spec.startswith(CONTROLS):
         return spec
     name = re.sub(r"[\s,]+", "-", info.name)

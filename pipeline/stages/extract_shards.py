@@ -25,6 +25,7 @@ from features.sharding import (
     shards_of,
 )
 from pipeline.device import choose_device
+from pipeline.encoder_specs import ResolvedEncoder, is_stored, resolve_encoder
 from pipeline.errors import ConfigError, StoreError
 from pipeline.manifest import folder_name
 from pipeline.progress import SILENT, Reporter
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from features.catalogue import Catalogue
     from features.encoders.base import Encoder, EncoderInfo
     from pipeline.sharing import SharedFolder
-    from pipeline.store import Artefact, Draft, Store
+    from pipeline.store import Artefact, Draft, InputRef, Store
 
 SETTLED = "settled.json"
 
@@ -96,7 +97,7 @@ def can_shard(config: FeaturesConfig) -> bool:
     """Whether features are encoded content by content, so that workers can share the contents out."""
     if config.encoder == GIVEN or parse_shuffled(config.encoder) is not None or is_fitted(config.encoder):
         return False
-    return describe_encoder(config.encoder).family != "precomputed"
+    return is_stored(config.encoder) or describe_encoder(config.encoder).family != "precomputed"
 
 
 def extract_shard(
@@ -217,6 +218,7 @@ class _Job:
     source: Artefact
     catalogue: Catalogue
     config: FeaturesConfig
+    chosen: ResolvedEncoder
     info: EncoderInfo
     force: bool
     retry_failed: bool
@@ -233,12 +235,19 @@ class _Job:
             )
         source = store.get(dataset, "dataset")
         catalogue = read_catalogue(source)
+        chosen = resolve_encoder(store, config.encoder)
+        config = config.model_copy(update={"encoder": chosen.spec})
+        info = describe_for(config, chosen)
         began = datetime.now(UTC)
-        return cls(store, source, catalogue, config, describe_for(config), force, retry_failed, began)
+        return cls(store, source, catalogue, config, chosen, info, force, retry_failed, began)
 
     @property
     def identity(self) -> dict[str, JsonValue]:
         return features_identity(self.catalogue, self.config, self.info)
+
+    @property
+    def inputs(self) -> list[InputRef]:
+        return [self.source.as_input("catalogue"), *self.chosen.inputs]
 
     @property
     def slug(self) -> str:
@@ -268,7 +277,7 @@ class _Job:
             "features",
             slug=self.slug,
             identity=self.identity,
-            inputs=[self.source.as_input("catalogue")],
+            inputs=self.inputs,
             worker=worker,
         )
 
@@ -281,7 +290,7 @@ class _Job:
 
     def encoder(self, precision: Precision) -> Encoder:
         device = choose_device(self.config.device)
-        return loaded_encoder(self.config.encoder, self.info.weights_sha256, str(device), precision)
+        return loaded_encoder(self.chosen.local, self.info.weights_sha256, str(device), precision)
 
     def settled(self, shared: SharedFolder, reporter: Reporter) -> Settled:
         """What the first worker settled."""
@@ -369,7 +378,7 @@ def _put_together(
             "features",
             slug=job.slug,
             identity=job.identity,
-            inputs=[job.source.as_input("catalogue")],
+            inputs=job.inputs,
             parameters=shown_parameters(config, job.info),
             make=make,
             force=job.makes_again,
