@@ -33,7 +33,7 @@ class ClipEncoder(Encoder):
         model: open_clip's CLIP, CustomTextCLIP or CoCa.
         pixels: How pictures are prepared.
         tokenizer: Its ids end with the highest id of each text if ``model`` pools there.
-        config: open_clip's `model_cfg`, by which it can be saved; None for one that cannot.
+        model_cfg: open_clip's settings, by which it can be saved; None for one that cannot.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class ClipEncoder(Encoder):
         pixels: PixelConfig,
         tokenizer: Tokenizer,
         *,
-        config: Mapping[str, Any] | None = None,
+        model_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         tower = _causal_tower(model)
         cut = tower is not None and not isinstance(tokenizer, FolderTokenizer)
         super().__init__(info, PixelTransform(pixels), tokenizer, pads_to=0 if cut else info.context_length)
         self.model = model
-        self.config = config
+        self.model_cfg = model_cfg
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -127,7 +127,7 @@ def load_clip(spec: str) -> Encoder:
     info = _describe(source)
     model = build_clip(source.model)
     load_weights(model, source.weights, source.spec)
-    return ClipEncoder(info, model, source.pixels, _tokenizer(source), config=source.model)
+    return ClipEncoder(info, model, source.pixels, _tokenizer(source), model_cfg=source.model)
 
 
 def build_clip(config: Mapping[str, Any]) -> nn.Module:

@@ -94,11 +94,11 @@ def library(name: LayoutName) -> str:
 
 
 def _write_clip(encoder: ClipEncoder, folder: Path) -> Settings:
-    if encoder.config is None:
+    if encoder.model_cfg is None:
         raise EncoderError(
             f"encoder {encoder.info.spec!r} cannot be saved: it was built without open_clip's settings."
         )
-    model = json.loads(json.dumps(encoder.config))
+    model = json.loads(json.dumps(encoder.model_cfg))
     text_model = str(model["text_cfg"].get("hf_model_name") or "")
     if text_model:
         from features.encoders.clip import text_model_folder  # noqa: PLC0415 - beside its use
@@ -148,7 +148,7 @@ def _read_clip(folder: Path, settings: Settings, base: EncoderInfo) -> Encoder:
     else:
         tokenizer = FolderTokenizer(str(folder / _TOKENIZER_FOLDER), length, stated["settings"])
     pixels = PixelConfig.model_validate(settings["pixels"])
-    return ClipEncoder(base, model, pixels, tokenizer, config=config)
+    return ClipEncoder(base, model, pixels, tokenizer, model_cfg=config)
 
 
 def _write_vlmo(encoder: VlmoEncoder, folder: Path) -> Settings:

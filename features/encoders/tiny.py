@@ -136,7 +136,7 @@ def build_tiny(tokenizer: Tokenizer, *, seed: int) -> ClipEncoder:
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
     tokens = TinyTokenizer(pairs, info.context_length)
-    return ClipEncoder(info, model, PIXELS, tokens, config=settings)
+    return ClipEncoder(info, model, PIXELS, tokens, model_cfg=settings)
 
 
 def save_tiny(encoder: ClipEncoder, folder: Path) -> None:
@@ -185,7 +185,7 @@ def load_tiny(spec: str) -> ClipEncoder:
     model = build_clip(settings)
     load_weights(model, folder / WEIGHTS_FILE, spec)
     tokenizer = TinyTokenizer(_read_tokenizer(folder, settings), info.context_length)
-    return ClipEncoder(info, model, pixels, tokenizer, config=settings)
+    return ClipEncoder(info, model, pixels, tokenizer, model_cfg=settings)
 
 
 def _folder(spec: str) -> Path:

@@ -47,7 +47,8 @@ class ClipVitTower(Tower):
     def stem_parts(self) -> Sequence[Part]:
         """Patches, class token, positions, first norm."""
         visual = self._visual
-        return [visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre]
+        embeddings: list[Part] = [visual.conv1, visual.class_embedding, visual.positional_embedding]
+        return [*embeddings, visual.patch_dropout, visual.ln_pre]
 
     def head_parts(self) -> Sequence[Part]:
         """Attentional pooling where there is one, final norm, projection."""

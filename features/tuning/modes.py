@@ -12,7 +12,7 @@ from features.encoders.base import Encoder
 from features.errors import EncoderError
 from features.tuning.checkpointing import checkpoint_blocks
 from features.tuning.lora import LowRank
-from features.tuning.towers import Tower, tower_of, towers_of
+from features.tuning.towers import Tower, has_tower, tower_of, towers_of
 
 TEMPERATURES = ("logit_scale", "logit_bias", "logit_vl_scale")
 """What a contrastive loss scales and shifts similarities by, by the last part of the name."""
@@ -88,6 +88,9 @@ class Tuned:
         """
         self.encoder.train()
         _rest(self.encoder)
+        for modality in self.encoder.info.modalities:
+            if has_tower(self.encoder, modality) and self.frozen_blocks(modality) is not None:
+                _rest_stem(tower_of(self.encoder, modality))
 
     def eval(self) -> None:
         """Behave as in use."""
@@ -236,6 +239,13 @@ def _last(encoder: Encoder, towers: list[Tower], config: TuningConfig) -> set[st
         if config.head:
             names.update(tower.head_parameters())
     return names
+
+
+def _rest_stem(tower: Tower) -> None:
+    """Switch off what a frozen stem does at random without a parameter, such as leaving patches out."""
+    for part in tower.stem_parts():
+        if isinstance(part, nn.Module):
+            part.eval()
 
 
 def _rest(module: nn.Module) -> None:

@@ -63,7 +63,8 @@ class TimmTower(Tower):
     def stem_parts(self) -> Sequence[Part]:
         """Patches, class token, registers, positions, first norm."""
         trunk = self._trunk
-        return [trunk.patch_embed, trunk.cls_token, trunk.reg_token, trunk.pos_embed, trunk.norm_pre]
+        tokens: list[Part] = [trunk.patch_embed, trunk.cls_token, trunk.reg_token, trunk.pos_embed]
+        return [*tokens, trunk.pos_drop, trunk.patch_drop, trunk.norm_pre]
 
     def head_parts(self) -> Sequence[Part]:
         """Final norms, pooling, and the projection where there is one."""

@@ -57,8 +57,8 @@ def tower_of(encoder: Encoder, modality: Modality) -> Tower:
             raise
         raise EncoderError(
             f"encoder {encoder.info.spec!r} shows no {modality} tower of blocks: {error}. Its last blocks, "
-            "low-rank updates, side adapters and a frozen tower need one; mode `full`, which trains all of "
-            "it, still works."
+            "low-rank updates, side adapters, checkpointing and a frozen tower need one; mode `full`, which "
+            "trains all of it, still works."
         ) from error
 
 

@@ -224,4 +224,4 @@ def test_damage_is_told(tmp_path: Path) -> None:
 def test_the_loader_of_open_clip_keeps_its_settings(tmp_path: Path) -> None:
     _open_clip(tmp_path)
     loaded = load_clip(f"open_clip/local-dir:{tmp_path}")
-    assert getattr(loaded, "config", None) == small_clip.SMALL
+    assert getattr(loaded, "model_cfg", None) == small_clip.SMALL

@@ -142,6 +142,16 @@ def test_batch_statistics_move_where_something_is_trained_only(make: Callable[[s
     assert {name for name in changed if "running" in name} <= state.keys()
 
 
+@pytest.mark.parametrize(("mode", "random"), [("full", True), ("last-n", False), ("lora", False)])
+def test_a_frozen_stem_leaves_no_patches_out(mode: Any, random: bool) -> None:
+    config = {**small_clip.SMALL, "vision_cfg": {**small_clip.VISION, "image_size": 64, "patch_dropout": 0.5}}
+    encoder = small_clip.small_encoder(config)
+    tuned = prepare_tuning(encoder, TuningConfig(mode=mode, last_n=1))
+    tuned.train()
+    tower, pixels = tower_of(encoder, "image"), torch.rand(2, 3, 64, 64)
+    assert tower.stem(pixels).states.shape[1] == (9 if random else 17)
+
+
 @pytest.mark.parametrize("name", MANY)
 def test_low_rank_updates_start_as_the_identity_and_merge_into_plain_weights(
     name: str, make: Callable[[str], Encoder]
