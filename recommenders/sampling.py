@@ -222,9 +222,10 @@ class InBatchSampler(NegativeSampler):
         rows = torch.arange(len(users), device=users.device).repeat_interleave(n_own)
         offsets = torch.arange(len(rows), device=users.device) - (n_own.cumsum(0) - n_own)[rows]
         own = self._items[self._starts[users][rows] + offsets]
-        has = torch.zeros(len(users), len(distinct) + 1, dtype=torch.bool, device=users.device)
-        has[rows, place[own]] = True  # the last column takes all items that are not in the batch
-        return has[:, column_of]
+        # A row an item, as whole rows are copied fastest; the last takes all items that are not in the batch.
+        has = torch.zeros(len(distinct) + 1, len(users), dtype=torch.bool, device=users.device)
+        has[place[own], rows] = True
+        return has.index_select(0, column_of).T
 
 
 class HardSampler(NegativeSampler):
