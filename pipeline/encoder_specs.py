@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from features.encoders.options import join_options, split_options
@@ -113,7 +115,8 @@ def store_encoder(
     """Fill the draft of an encoder artefact, and record what the encoder is.
 
     Args:
-        draft: Of kind `encoder`, and empty.
+        draft: Of kind `encoder`. What a killed try has left of an encoder is replaced; other files stay, and
+            more may be written beside these.
         encoder: In plain form.
         name: What it is to be called, in slugs and tables.
         provenance: How it came to be: kept in `encoder.json`; keys of artefacts, settings, measures.
@@ -121,7 +124,11 @@ def store_encoder(
     Raises:
         EncoderError: Its family cannot be saved.
     """
-    saved = save_encoder(encoder, draft.folder, name=name, provenance=provenance)
+    with TemporaryDirectory(dir=draft.scratch) as folder:
+        fresh = Path(folder) / "encoder"
+        saved = save_encoder(encoder, fresh, name=name, provenance=provenance)
+        for file in (*saved.files, ENCODER_FILE):
+            (fresh / file).replace(draft.path(file))
     info = describe_encoder(f"saved:{draft.folder}")
     draft.record(
         encoder=info.model_dump(mode="json", exclude={"spec"}),

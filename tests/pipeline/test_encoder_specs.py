@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,26 @@ def test_shards_make_the_same_artefact(tmp_path: Path) -> None:
     assert made.artefact.manifest.inputs == expected.manifest.inputs
     assert made.artefact.manifest.parameters == expected.manifest.parameters
     assert torch.equal(vectors(made.artefact), vectors(expected))
+
+
+def test_a_killed_try_is_written_over(local_store: Store) -> None:
+    def make(draft: Draft, *, killed: bool) -> None:
+        (draft.folder / "history.txt").write_text("epoch 0")
+        store_encoder(draft, tuned_tiny(3 if killed else 1), name="tuned", provenance={})
+        if killed:
+            raise KeyboardInterrupt
+
+    def produce(*, killed: bool) -> Artefact:
+        return local_store.produce(
+            "encoder", slug="x", identity={}, make=partial(make, killed=killed), resumable=True
+        ).artefact
+
+    with pytest.raises(KeyboardInterrupt):
+        produce(killed=True)
+    made = produce(killed=False)
+    assert {"history.txt", "encoder.json", "model.safetensors", "tokenizer.json"} == set(made.manifest.files)
+    weights = resolve_encoder(local_store, stored_spec(made)).load().state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in tuned_tiny(1).state_dict().items())
 
 
 def test_a_shipped_encoder_that_was_trained_again_is_read_as_one(local_store: Store) -> None:
