@@ -47,6 +47,7 @@ NIGHTLY = Cron("0 3 * * *", timezone="UTC", active=False, slug="nightly")
 
 SERVED = {
     "prepare-dataset": Served("flows.prepare_dataset", "prepare_dataset_flow", CPU, ("stage",)),
+    "finetune-encoder": Served("flows.finetune_encoder", "finetune_encoder_flow", GPU, ("stage", "gpu")),
     "extract-features": Served("flows.extract_features", "extract_features_flow", GPU, ("stage", "gpu")),
     "build-index": Served("flows.build_index", "build_index_flow", GPU, ("stage", "gpu")),
     "search-recommender": Served(
