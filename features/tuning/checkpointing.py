@@ -1,6 +1,8 @@
 """Blocks that are computed again in the backward pass instead of kept in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ def checkpoint_blocks(towers: Sequence[Tower]) -> list[nn.Module]:
     for block in _blocks(towers):
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in block.modules()):
             continue
-        block.forward = _again(block.forward)
+        block.forward = MethodType(_forward_again, block)  # a bound method: a copy's is bound to the copy
         changed.append(block)
     return changed
 
@@ -36,10 +38,8 @@ def _blocks(towers: Sequence[Tower]) -> list[nn.Module]:
     return list(found.values())
 
 
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def forward_again(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return forward_again
+def _forward_again(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

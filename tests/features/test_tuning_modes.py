@@ -1,6 +1,7 @@
 """Tuning: what is trained moves, nothing else does, and what is finished is a plain encoder again."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,18 @@ def test_checkpointing_changes_no_gradient(name: str, mode: Any, make: Callable[
     assert found[0].keys() == found[1].keys()
     for key, gradient in found[0].items():
         torch.testing.assert_close(found[1][key], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_of_a_checkpointed_encoder_runs_on_its_own_weights(make: Callable[[str], Encoder]) -> None:
+    tuned = prepare_tuning(make("clip"), TuningConfig(gradient_checkpointing=True))
+    copied = deepcopy(tuned.encoder)
+    plain = vectors(copied)
+    blocks = [value for name, value in tuned.trainable.items() if ".resblocks." in name]
+    with torch.no_grad():
+        for value in blocks:
+            value.mul_(3.0)
+    assert all(torch.equal(rows, plain[each]) for each, rows in vectors(copied).items())
+    assert all(not torch.allclose(rows, plain[each]) for each, rows in vectors(tuned.encoder).items())
 
 
 @pytest.mark.parametrize("mode", ["full", "last-n", "lora"])
