@@ -275,3 +275,23 @@ def test_objectives_that_cannot_be_served_are_refused(
 ) -> None:
     with pytest.raises(FeatureError, match=message):
         tune(catalogue, config(objectives=objectives))
+
+
+def test_bfloat16_learns_and_keeps_weights_of_float32(catalogue: Catalogue) -> None:
+    def run(precision: str) -> tuple[SmallEncoder, FinetuningResult]:
+        encoder = SmallEncoder()
+        encoder.dropout.p = 0.0
+        return tune(catalogue, config(epochs=1, precision=precision), encoder=encoder)
+
+    (reduced, result), (_, expected) = run("bfloat16"), run("float32")
+    assert (result.precision, expected.precision) == ("bfloat16", "float32")
+    assert reduced.image_weight.dtype == torch.float32
+    assert not torch.equal(reduced.image_weight, SmallEncoder().image_weight)
+    loss, whole = result.history[1]["loss"], expected.history[1]["loss"]
+    assert loss != whole
+    assert loss == pytest.approx(whole, rel=0.02)
+
+
+def test_half_precision_needs_a_gpu(catalogue: Catalogue) -> None:
+    with pytest.raises(FeatureError, match="float16, which needs a GPU"):
+        tune(catalogue, config(precision="float16"))

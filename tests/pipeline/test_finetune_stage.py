@@ -206,6 +206,17 @@ def test_held_out_interactions_change_nothing(shop: Shop, tmp_path: Path) -> Non
     assert digest_of(fewer) != digest_of(bought)
 
 
+def test_interactions_are_no_part_of_the_key_where_nothing_is_learnt_from_them(
+    shop: Shop, tuned: Artefact
+) -> None:
+    raw = {**SMALL_DATASET, "split": {"rule": "leave_one_out"}}
+    split = prepare_dataset(shop.store, DatasetConfig.model_validate(raw)).artefact
+    assert split.key != shop.dataset.key
+    again = finetune_encoder(shop.store, split.key, settings())
+    assert again.reused
+    assert again.artefact.key == tuned.key
+
+
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
