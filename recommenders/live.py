@@ -59,8 +59,8 @@ class Peers(Protocol):
         """Return all (n, E) rows from the own ones of each process."""
         ...
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes."""
+    def add_up_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace each parameter's gradient by its sum over the processes; None where none has one."""
         ...
 
 
@@ -75,7 +75,7 @@ class Alone:
         """Return the rows."""
         return own
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def add_up_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Leave them as they are."""
 
 
@@ -149,7 +149,7 @@ class LiveTable:
                 self._encoder.backward(name, gradient[self._peers.own(len(gradient))])
             with torch.no_grad():
                 self._vectors[name][rows[name]] = live[name].vectors.detach()
-        self._peers.add_up([p.grad for p in self._encoder.parameters() if p.grad is not None])
+        self._peers.add_up_gradients(list(self._encoder.parameters()))
         return loss.detach()
 
     @torch.no_grad()

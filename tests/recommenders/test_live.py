@@ -48,7 +48,7 @@ def test_gradients_are_those_of_autograd_through_the_whole_catalogue(name: str) 
     train = random_world(n_users=N_USERS, n_items=N_ITEMS).split.train
     encoder = LinearEncoder(contents())
     model = build_model(name, LISTENING[name], train, table_of(encoder), np.random.default_rng(0)).train()
-    parameters = dict(model.named_parameters()) | dict(encoder.named_parameters())
+    parameters = dict(model.named_parameters()) | encoder.named_parameters()
     # LATTICE's graph reads every item's features, so there the batch is all items; else it is a few of them.
     batch = BATCH
     if name == "lattice":

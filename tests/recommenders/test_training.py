@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from recommenders import training
+from recommenders import training_loop
 from recommenders.errors import TrainingError
 from recommenders.evaluation import Evaluation, EvaluationConfig
 from recommenders.feature_input import FeatureTable
@@ -99,7 +99,7 @@ def test_the_last_epoch_is_evaluated_and_others_leave_a_gap(world: World) -> Non
 
 def test_the_monitored_metric_chooses(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = iter([{"recall@20": 0.9, "ndcg@5": 0.1}, {"recall@20": 0.1, "ndcg@5": 0.9}])
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: Evaluation(next(rows), pl.DataFrame(), 0))
+    monkeypatch.setattr(training_loop, "evaluate", lambda *_, **__: Evaluation(next(rows), pl.DataFrame(), 0))
     config = FAST.model_copy(update={"epochs": 2, "monitor": "ndcg@5"})
     assert run(vbpr(world), world, config).best_epoch == 2
 

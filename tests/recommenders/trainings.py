@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recommenders import training
+from recommenders import training_loop
 from recommenders.evaluation import Evaluation, EvaluationConfig
 from recommenders.feature_input import FeatureTable
 from recommenders.models.base import Recommender
@@ -65,4 +65,4 @@ def script_metric(monkeypatch: pytest.MonkeyPatch, values: Sequence[float]) -> N
     def scripted(*args: object, **kwargs: object) -> Evaluation:
         return Evaluation({"recall@20": next(left)}, pl.DataFrame(), 0)
 
-    monkeypatch.setattr(training, "evaluate", scripted)
+    monkeypatch.setattr(training_loop, "evaluate", scripted)
