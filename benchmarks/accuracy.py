@@ -26,7 +26,7 @@ from recommenders.training import TrainingConfig, train
 PROTOCOLS: dict[str, dict[str, Setting]] = {
     "popularity": {},
     "bpr": {"l2": 0.05},
-    "lightgcn": {"n_layers": 2, "l2": 1e-4},
+    "lightgcn": {"n_layers": 2, "l2": 0.05},
 }
 """Settings beside the defaults."""
 METRICS = ("recall@20", "ndcg@20")
