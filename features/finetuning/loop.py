@@ -79,7 +79,7 @@ def finetune(
 
     Items are held out by the hash of their id; after each epoch their pictures and texts are searched for
     each other, and the epoch with the best mean of Recall@1 and Recall@10 in both directions is kept. Where
-    an encoder has one modality only, nothing can be searched and the last epoch is kept.
+    pictures and texts are not contrasted (`image_text` is 0), that says nothing, and the last epoch is kept.
 
     With a checkpoint folder, the state after each epoch, and after every `checkpoint_steps` updates, is kept
     there; called again with the same arguments, a killed fine-tuning goes on from it and ends, on a CPU bit
@@ -188,8 +188,8 @@ class _Loop:
 
     @property
     def can_choose(self) -> bool:
-        """Whether there are two modalities to search across."""
-        return self.items.modality == "fused"
+        """Whether retrieval says how well the encoder learns what it is trained for."""
+        return self.items.modality == "fused" and self.config.objectives.image_text > 0
 
     def run_epoch(self, progress: Progress | None) -> None:
         """Do the updates that are left of an epoch, and measure it."""
@@ -213,10 +213,10 @@ class _Loop:
     def close_epoch(self, means: Mapping[str, float], seconds: float) -> None:
         """Measure the held-out items, keep the state where it is the best, and add a row to the history."""
         epoch = len(self.history)
-        found = self._measure() if self.can_choose else None
+        found = self._measure() if self.items.modality == "fused" else None
         row: HistoryRow = {"epoch": epoch, **means, **(found.row() if found else {})}
         scores = [past.get("retrieval", -1.0) for past in self.history]
-        if found is None or epoch == 0 or found.mean > scores[self.best_epoch]:
+        if found is None or epoch == 0 or not self.can_choose or found.mean > scores[self.best_epoch]:
             self.best_epoch = epoch
             self.best = self.tuned.state()
         self.history.append({**row, "seconds": seconds})

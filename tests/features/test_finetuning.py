@@ -263,6 +263,16 @@ def test_pairs_alone_train_an_encoder_of_one_modality(catalogue: Catalogue) -> N
     assert not torch.equal(before["image_weight"], encoder.image_weight)
 
 
+def test_retrieval_chooses_nothing_where_pictures_and_texts_are_not_contrasted(catalogue: Catalogue) -> None:
+    objectives = {"image_text": 0.0, "co_purchase": 1.0}
+    settings = config(objectives=objectives, epochs=4, patience=1)
+    _, result = tune(catalogue, settings, co_purchases=pairs_of(60))
+    scores = [row["retrieval"] for row in result.history]
+    assert len(scores) == 5  # measured, and patience is not asked
+    assert scores.index(max(scores)) < 4
+    assert result.best_epoch == 4
+
+
 @pytest.mark.parametrize(
     ("objectives", "message"),
     [

@@ -1,6 +1,7 @@
 """Chunks give the whole batch's gradient, dropout included, and leave torch's generators alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -85,6 +86,21 @@ def test_a_gradient_of_the_wrong_shape_is_refused_and_none_does_nothing() -> Non
         backward_through(chunks, torch.ones(11, 4))
     with pytest.raises(ValueError, match="no chunk"):
         chunked_forward([], CPU)
+
+
+def test_all_chunks_but_the_last_run_in_the_context_that_is_given() -> None:
+    model, entered, during = tower(), [], []
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        entered.append(True)
+        yield
+        entered.append(False)
+
+    chunks = chunked_forward(passes(model, inputs()[0], 4), CPU)
+    model.register_forward_hook(lambda *_: during.append(bool(entered and entered[-1])))
+    backward_through(chunks, torch.ones(11, 5), before_last=waiting)
+    assert during == [True, True, False]
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
