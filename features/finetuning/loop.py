@@ -1,6 +1,5 @@
 """Fine-tuning an encoder on a catalogue: epochs, updates, the choice of the epoch, exact resumption."""
 
-import hashlib
 import json
 import math
 import time
@@ -27,9 +26,9 @@ from features.finetuning.config import FinetuningConfig
 from features.finetuning.items import Batch, Step, TrainingItems
 from features.finetuning.objectives import Objectives, check_objectives, needed_modality
 from features.finetuning.optimizer import rate_factors
+from features.finetuning.repeatable import digest_of, seed_of, settled_precision
 from features.finetuning.retrieval import Retrieval, cross_modal_retrieval
 from features.finetuning.updates import Updates
-from features.precision import has_bfloat16
 from features.tuning.modes import prepare_tuning
 
 Progress = Callable[[int, int], None]
@@ -128,7 +127,7 @@ class _Loop:
     ) -> None:
         self.encoder, self.config = encoder, config
         self.device = next(each.device for each in encoder.parameters())
-        self.precision = _precision(config, self.device)
+        self.precision = settled_precision(config, self.device)
         self.seeds = [int(seed) for seed in rng.integers(2**62, size=3)]
         held_out_seed, tuning_seed, self.seed = self.seeds
         objectives = config.objectives
@@ -137,7 +136,7 @@ class _Loop:
         self.pairing = None
         if objectives.co_purchase and co_purchases is not None:
             self.pairing = co_purchases.among(self.items.train)
-        self.before = _digest(encoder.state_dict())
+        self.before = digest_of(encoder.state_dict())
         self.tuned = prepare_tuning(encoder, config.tuning, seed=tuning_seed % 2**31)
         self.objectives = Objectives(
             encoder,
@@ -197,7 +196,9 @@ class _Loop:
         groups = self._groups(epoch)[updates.done - self.epoch * self.updates_per_epoch :]
         started = time.perf_counter() - self.epoch_seconds
         steps = [step for group in groups for step in group]
-        with closing(self.items.load(steps, self.config.augment, seed=_seed(self.seed, 1, epoch))) as loaded:
+        with closing(
+            self.items.load(steps, self.config.augment, seed=seed_of(self.seed, 1, epoch))
+        ) as loaded:
             for group in groups:
                 self._update(islice(loaded, len(group)), len(group))
                 self.epoch_seconds = time.perf_counter() - started
@@ -233,7 +234,7 @@ class _Loop:
 
     def _update(self, batches: Iterator[Batch], n_batches: int) -> None:
         """One step of the optimiser, over one or several batches."""
-        torch.manual_seed(_seed(self.seed, 2, self.updates.done))  # a resumed update draws the same
+        torch.manual_seed(seed_of(self.seed, 2, self.updates.done))  # a resumed update draws the same
         self._train_mode()
         self.updates.start()
         scale = self.updates.scaler.scale
@@ -339,7 +340,7 @@ class _Loop:
             "settings": json.dumps(self.config.identity(), sort_keys=True),
             "encoder": f"{self.before} {self.encoder.info.preprocessing_sha256}",
             "items": self.items.contents.fingerprint(),
-            "interactions": _digest({k: torch.from_numpy(v) for k, v in (pairs | interactions).items()}),
+            "interactions": digest_of({k: torch.from_numpy(v) for k, v in (pairs | interactions).items()}),
             "random seeds": str(self.seeds),
             "device": f"{self.device.type} in {self.precision}",
         }
@@ -370,31 +371,3 @@ class _Loop:
             reasons=dict(reasons),
             precision=self.precision,
         )
-
-
-def _precision(config: FinetuningConfig, device: torch.device) -> str:
-    """What is computed in.
-
-    Raises:
-        FeatureError: float16 on a CPU, where its gradients cannot be scaled to anything of use.
-    """
-    if config.precision == "auto":
-        return "bfloat16" if device.type == "cuda" and has_bfloat16(device) else "float32"
-    if config.precision == "float16" and device.type != "cuda":
-        raise FeatureError("precision is float16, which needs a GPU; set it to auto, float32 or bfloat16.")
-    return config.precision
-
-
-def _seed(*parts: int) -> int:
-    """One seed of several numbers, for each purpose and each time another."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and numbers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(name.encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
