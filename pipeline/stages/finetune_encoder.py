@@ -15,11 +15,11 @@ from features.finetuning.loop import FinetuningResult, finetune
 from features.finetuning.objectives import needed_modality
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.encoder_specs import resolve_encoder, store_encoder
+from pipeline.peak_memory import forget_peak_memory, peak_memory
 from pipeline.progress import SILENT, Reporter
 from pipeline.reading import read_catalogue, read_for_choosing
 from pipeline.stages.extract_features import encoder_label
 from pipeline.stages.result import StageResult
-from pipeline.stages.train_recommender import _forget_peak_memory, _peak_memory
 from recommenders.co_occurrence import co_occurrence_neighbours
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def finetune_encoder(
 
     def make(draft: Draft) -> None:
         encoder = chosen.load(device=device)
-        _forget_peak_memory(device)
+        forget_peak_memory(device)
         with reporter.progress(f"fine-tuning {config.encoder}") as progress:
             result = finetune(
                 encoder,
@@ -95,7 +95,7 @@ def finetune_encoder(
                 checkpoint_folder=draft.scratch,
                 progress=progress,
             )
-        peak = _peak_memory(device)
+        peak = peak_memory(device)
         store_encoder(
             draft,
             encoder.cpu(),

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
-import polars as pl
 import torch
 from pydantic import BaseModel, Field, model_validator
-from safetensors.torch import save_file
 
 from features.catalogue import Modality
 from features.feature_table import FeatureSet
-from features.parts import PartRows, write_part
 from pipeline.comparison.records import NO_FEATURES
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.errors import ConfigError
-from pipeline.measuring import beyond_accuracy, by_group, exposure
+from pipeline.peak_memory import forget_peak_memory, peak_memory
 from pipeline.progress import SILENT, Progress, Reporter
 from pipeline.reading import (
-    Dataset,
     ReadingConfig,
     modality_names,
     read_dataset,
     read_feature_table,
     read_features,
 )
+from pipeline.run_files import USER_EMBEDDINGS, measure_and_write
 from pipeline.stages.build_index import ITEM_EMBEDDINGS
 from pipeline.stages.result import StageResult
-from recommenders.evaluation import Evaluation, EvaluationConfig, Scorer, evaluate_part
+from recommenders.evaluation import EvaluationConfig, Scorer
 from recommenders.feature_input import FeatureTable
 from recommenders.models.registry import Setting, build_model, model_config, model_entry
 from recommenders.search_space import with_choice
@@ -49,7 +44,6 @@ if TYPE_CHECKING:
     from recommenders.interactions import Interactions
     from recommenders.models.base import Recommender
 
-USER_EMBEDDINGS = "user_embeddings.parquet"
 MODALITY_ORDER: tuple[str, ...] = get_args(Modality)
 """The order in which models are given them, whatever order they are named in."""
 SMALL_MODEL = 1_000_000
@@ -299,7 +293,7 @@ def fit(
     """
     init_rng, training_rng = np.random.default_rng(config.seed).spawn(2)
     model = build_model(config.model, config.settings, train_pairs, table, init_rng).to(device)
-    with _threads_for(model):
+    with threads_for(model):
         trained = train(
             model,
             train_pairs,
@@ -330,7 +324,7 @@ def _train_and_measure(
     split = dataset.split
     read = read_features(tables, dataset.item_ids, config.reading, split.train)
     table = read.table.to(device)
-    _forget_peak_memory(device)
+    forget_peak_memory(device)
     started = time.perf_counter()
     model, trained = fit(
         config,
@@ -342,49 +336,36 @@ def _train_and_measure(
         progress=progress,
         say=say,
     )
-    train_seconds, started = time.perf_counter() - started, time.perf_counter()
-    model.eval()
-    scorer = model.scorer(table)
-    valid = evaluate_part(scorer, split, "valid", config.evaluation, device=device, keep_lists=True)
-    test = evaluate_part(  # once, after the choice
-        scorer, split, "test", config.evaluation, device=device, keep_lists=True
+    train_seconds = time.perf_counter() - started
+    measure_and_write(
+        draft,
+        model,
+        table,
+        data=data,
+        dataset=dataset,
+        config=config.evaluation,
+        monitor=config.training.monitor,
+        device=device,
+        best_epoch=trained.best_epoch,
     )
-    evaluate_seconds = time.perf_counter() - started
-    _write_model(draft, model, table, dataset)
-    items = pl.read_parquet(data.path("items.parquet"))
-    more = {
-        "valid": exposure(valid, split, config.evaluation),
-        "test": beyond_accuracy(test, split, table, items, config.evaluation),
-    }
-    _write_metrics(draft, valid, test, more)
-    by_group(test, split, table, config.evaluation).write_parquet(draft.path("groups.parquet"))
     trained.history_frame().write_parquet(draft.path("history.parquet"))
-    monitor = config.training.monitor
     draft.record(
         train_seconds=train_seconds,
-        evaluate_seconds=evaluate_seconds,
         epochs=len(trained.history),
         best_epoch=trained.best_epoch,
         stopped_early=trained.stopped_early,
         resumed_after=trained.resumed_after,
         seconds_by_phase=dict(trained.seconds),
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=peak_memory(device),
         **({"estimated_memory_bytes": trained.memory.peak_bytes} if trained.memory else {}),
         features_read=read.counts,
         feature_seconds=sum(artefact.manifest.seconds for artefact in tables.values()),
         feature_bytes=sum(artefact.manifest.bytes for artefact in tables.values()),
-        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        scoring=model.scoring,
-        summary={
-            "best epoch": trained.best_epoch,
-            f"valid {monitor}": valid.metrics[monitor],
-            f"test {monitor}": test.metrics[monitor],
-        },
     )
 
 
 @contextmanager
-def _threads_for(model: Recommender) -> Iterator[None]:
+def threads_for(model: Recommender) -> Iterator[None]:
     """Train a small model on one thread.
 
     Its steps take less than a millisecond each, of which a second thread saves a third on a quiet machine; on
@@ -397,53 +378,3 @@ def _threads_for(model: Recommender) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@torch.no_grad()
-def _write_model(draft: Draft, model: Recommender, table: FeatureTable, dataset: Dataset) -> None:
-    state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-    save_file(state, draft.path("model.safetensors"))
-    if model.scoring != "inner_product":
-        return
-    users, items = model(table)
-    for name, ids, vectors in (
-        (USER_EMBEDDINGS, dataset.user_ids, users),
-        (ITEM_EMBEDDINGS, dataset.item_ids, items),
-    ):
-        absent: list[None] = [None] * len(ids)
-        array = vectors.float().cpu().numpy()
-        write_part(draft.path(name), PartRows(ids, absent, ["ok"] * len(ids), absent, array))
-
-
-def _write_metrics(
-    draft: Draft, valid: Evaluation, test: Evaluation, more: Mapping[str, Mapping[str, float]]
-) -> None:
-    """Write what was measured, and by part what lists are like beyond accuracy."""
-    rows = [
-        {"part": part, "metric": metric, "value": value}
-        for part, measured in (("valid", valid), ("test", test))
-        for metric, value in {**measured.metrics, **more[part]}.items()
-    ]
-    pl.DataFrame(rows).write_parquet(draft.path("metrics.parquet"))
-    test.per_user.write_parquet(draft.path("per_user.parquet"))
-    draft.record(test_users=test.n_users, valid_users=valid.n_users)
-
-
-def _forget_peak_memory(device: torch.device) -> None:
-    """Start to measure the peak anew, so that a run does not answer for those before it in this process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # only Linux can, and not in every container
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on the GPU where there is one, else of this process, its libraries included."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
