@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from recommenders.interactions import Interactions
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def user_item_adjacency(train: Interactions) -> Tensor:
@@ -117,6 +122,24 @@ class UserItemGraph(nn.Module):
         return kept
 
 
+def outside_compiler(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Have torch.compile call a function as it is, with what is before and after it compiled.
+
+    For products with sparse matrices, which the compiler cannot trace (torch 2.15 stops at their views).
+    ``torch.compiler.disable`` does that too, but importing the compiler takes seconds, so here it is imported
+    only when something is being compiled.
+    """
+
+    @functools.wraps(function)
+    def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            alone: Callable[Arguments, Result] = torch.compiler.disable(function)
+            return alone(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return called
+
+
 def sparse_product(matrix: Tensor, table: Tensor) -> Tensor:
     """Return ``matrix @ table``, (N, D), of a sparse CSR matrix (N, N); without gradients.
 
@@ -129,13 +152,23 @@ def sparse_product(matrix: Tensor, table: Tensor) -> Tensor:
 
 
 def bag_sums(columns: Tensor, starts: Tensor, weights: Tensor, table: Tensor) -> Tensor:
-    """Return (N, D): the sums of ``weights[e] * table[columns[e]]`` over e in ``starts[n]:starts[n + 1]``."""
+    """Return (N, D): the sums of ``weights[e] * table[columns[e]]`` over e in ``starts[n]:starts[n + 1]``.
+
+    They have the precision of the weights: a table in half precision, as autocast makes them, is summed in
+    float32.
+    """
     sums: Tensor = embedding_bag(
-        columns, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+        columns,
+        table.to(weights.dtype),
+        starts,
+        mode="sum",
+        per_sample_weights=weights,
+        include_last_offset=True,
     )
     return sums
 
 
+@outside_compiler
 def mean_propagation(adjacency: Tensor, embeddings: Tensor, n_layers: int) -> Tensor:
     """Return the mean of ``A^0 x, A^1 x, ... A^L x`` for a symmetric sparse ``A``.
 

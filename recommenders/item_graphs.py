@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from recommenders.feature_input import FeatureTable
-from recommenders.graphs import bag_sums
+from recommenders.graphs import bag_sums, outside_compiler
 from recommenders.neighbours import cosine_neighbours
 
 
@@ -201,6 +201,7 @@ def _tensors_of(features: FeatureTable) -> dict[str, Tensor]:
     return dict(features.vectors) | present
 
 
+@outside_compiler
 def neighbour_sums(edges: Edges, weights: Tensor, table: Tensor) -> Tensor:
     """Return (N, D) rows ``sum over the edges i -> j of w_ij x_j``; gradients reach weights and table.
 
@@ -213,6 +214,7 @@ def neighbour_sums(edges: Edges, weights: Tensor, table: Tensor) -> Tensor:
     return result
 
 
+@outside_compiler
 def edge_products(edges: Edges, left: Tensor, right: Tensor) -> Tensor:
     """Return the (E,) inner products ``l_i . r_j`` of the edges i -> j, without (E, D) numbers in memory.
 
@@ -245,7 +247,7 @@ def _products(edges: Edges, left: Tensor, right: Tensor) -> Tensor:
             check_invariants=False,
         )
     products: Tensor = torch.sparse.sampled_addmm(pattern, left.contiguous(), right.T, beta=0.0).values()
-    return products
+    return products.clone()  # no view of a sparse tensor, which torch.compile cannot take
 
 
 class _NeighbourSums(torch.autograd.Function):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from recommenders.feature_input import FeatureTable
-from recommenders.graphs import UserItemGraph, bag_sums, sparse_product
+from recommenders.graphs import UserItemGraph, bag_sums, outside_compiler, sparse_product
 from recommenders.item_graphs import SeenFeatures, are_live
 
 Kept = TypeVar("Kept")
 
 
+@outside_compiler
 def symmetric_product(adjacency: Tensor, table: Tensor) -> Tensor:
     """Return ``A x``, (N, D); gradients reach x.
 
@@ -76,11 +77,13 @@ class UserItemMatrix(nn.Module):
         """Return the matrix of 1 / degree(u), whose product with items is the mean over a user's items."""
         return UserItemMatrix(graph, graph.degrees()[0][graph.users].double().reciprocal())
 
+    @outside_compiler
     def to_users(self, items: Tensor) -> Tensor:
         """Return (U, D), each user's weighted sum of its items' rows in an (I, D) table."""
         result: Tensor = _BipartiteProduct.apply(items, *self._by_user(), *self._by_item())
         return result
 
+    @outside_compiler
     def to_items(self, users: Tensor) -> Tensor:
         """Return (I, D), each item's weighted sum of its users' rows in a (U, D) table."""
         result: Tensor = _BipartiteProduct.apply(users, *self._by_item(), *self._by_user())
