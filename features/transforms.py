@@ -82,6 +82,13 @@ class Transform:
                 mapped = row_map(mapped)
             yield block, mapped
 
+    def map_rows(self, vectors: Tensor) -> Tensor:
+        """Transform (R, F) rows to (R, G) float32 at once, so that gradients reach them."""
+        mapped = vectors[:, : self.width].double()
+        for row_map in self.maps:
+            mapped = row_map(mapped)
+        return mapped.float()
+
     def apply(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """Transform some rows; the others become zeros.
 
@@ -197,7 +204,7 @@ def _mean(blocks: Iterator[Tensor]) -> Tensor:
 
 
 def _shift(mean: Tensor) -> RowMap:
-    return lambda rows: rows - mean
+    return lambda rows: rows - mean.to(rows.device)
 
 
 def _standardiser(blocks: Callable[[], Iterator[Tensor]]) -> RowMap:
@@ -207,7 +214,7 @@ def _standardiser(blocks: Callable[[], Iterator[Tensor]]) -> RowMap:
     largest = torch.stack([block.abs().amax(dim=0) for block in blocks()]).amax(dim=0)
     # Rounding leaves a constant column a spread that is tiny beside its values, and only that.
     divisor = spread.masked_fill(spread <= _FLAT * largest, torch.inf)
-    return lambda rows: (rows - mean) / divisor
+    return lambda rows: (rows - mean.to(rows.device)) / divisor.to(rows.device)
 
 
 def _projection(blocks: Callable[[], Iterator[Tensor]], dim: int, ridge: float | None) -> RowMap:
@@ -238,4 +245,4 @@ def _projection(blocks: Callable[[], Iterator[Tensor]], dim: int, ridge: float |
     if ridge is not None:
         scales = (variances.clamp(min=0) + ridge * mean_variance).rsqrt()
     components = components * scales.masked_fill(variances <= rounding, 0.0)
-    return lambda rows: (rows - mean) @ components
+    return lambda rows: (rows - mean.to(rows.device)) @ components.to(rows.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from pipeline.console import (
     DEFAULT_STORE,
     ForceOption,
     JsonOption,
+    NameOption,
     Output,
     SetOption,
     StoreOption,
@@ -110,6 +111,68 @@ def knockout(
         out_file.write_text(to_markdown(results, wanted), encoding="utf-8")
     document = {"knockouts": to_json(results), "comparison": result.comparison.artefact.ref}
     out.show(document, to_table(results, wanted))
+
+
+@app.command(rich_help_panel=WHOLE)
+def joint(
+    dataset: Annotated[str, typer.Argument(help="Name, key or folder of a dataset artefact.")],
+    encoder: Annotated[
+        str, typer.Option(help="What is trained; `tandem encoders` lists the forms.")
+    ] = "tiny",
+    model: Annotated[str, typer.Option(help="`tandem recommenders` lists them.")] = "freedom",
+    mode: Annotated[
+        Literal["full", "last-n", "lora"], typer.Option(help="Which of the encoder's parameters are trained.")
+    ] = "full",
+    features: Annotated[
+        list[str] | None,
+        typer.Option("--features", "-f", help="A feature artefact to read, too, that stays as it is."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    name: NameOption = "",
+    set_: SetOption = None,
+    prefect: PrefectOption = False,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Train an encoder and a recommender together: trained encoder, its features, a measured run, an index.
+
+    Stopped or killed, the same command goes on from the last whole epoch.
+
+    Examples: `tandem joint shop --encoder open_clip/ViT-B-32:openai --mode lora --name joint-clip` ·
+    `tandem joint shop --model lattice --set joint.warmup_epochs=10 --set 'modalities=[text]'`
+    """
+    from pipeline.config import parse_config, with_overrides
+    from pipeline.joint_way import JointWayConfig, PlainJointStages, run_joint
+
+    out = Output(as_json=json)
+    opened = open_store(store, out)
+    raw = {"encoder": encoder, "model": model, "seed": seed, "tuning": {"mode": mode}}
+    wanted = parse_config(with_overrides(raw, set_ or []), JointWayConfig, "--set")
+    say = out.reporter.say
+    if prefect:
+        from flows.running import run_joint_with_prefect
+
+        result = run_joint_with_prefect(
+            wanted, opened, dataset, beside=features or [], name=name, force=force, reporter=out.reporter
+        )
+    else:
+        stages = PlainJointStages(opened, out.reporter, force=force)
+        result = run_joint(
+            wanted, stages, dataset, beside=features or [], done=lambda stage: say(stage.line())
+        )
+    assert result.encoder is not None  # noqa: S101 - a finished run has them
+    assert result.run is not None  # noqa: S101
+    if name:
+        opened.name(name, result.encoder.artefact)
+    from pipeline.encoder_specs import stored_spec
+
+    spec = f"store/{name}" if name else stored_spec(result.encoder.artefact)
+    figures = ", ".join(f"{key} {value}" for key, value in result.run.summary.items())
+    out.show(
+        {"encoder": spec, "stages": [stage.to_json() for stage in result.all()]},
+        f"{result.run.artefact.ref}: {figures}\nThe encoder is {spec}.",
+    )
 
 
 @app.command(rich_help_panel=WHOLE)

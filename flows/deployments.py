@@ -55,6 +55,7 @@ SERVED = {
     ),
     "train-recommender": Served("flows.train_recommender", "train_recommender_flow", GPU, ("stage", "gpu")),
     "compare-features": Served("flows.compare_features", "compare_features_flow", CPU, ("stage",)),
+    "joint-training": Served("flows.joint_training", "joint_training_flow", GPU, ("pipeline", "gpu")),
     "two-stage": Served("flows.two_stage", "two_stage_flow", GPU, ("pipeline", "gpu"), NIGHTLY),
 }
 """Flow name -> how it is served. ``two-stage`` runs its stages as subflows inside its own process, so it

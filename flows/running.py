@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from flows.environment import client_environment
@@ -16,6 +18,7 @@ from pipeline.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+    from pipeline.joint_way import JointResult, JointWayConfig
     from pipeline.store import Store
     from pipeline.two_stage import TwoStageResult
 
@@ -37,16 +40,59 @@ def run_two_stage_with_prefect(
     Raises:
         PipelineError, FeatureError, RecommenderError: As the stages raise them.
     """
+    with _ready(store, reporter):
+        from flows.tasks import value_of  # noqa: PLC0415 - after the environment is set
+        from flows.two_stage import two_stage_flow  # noqa: PLC0415
+
+        return value_of(two_stage_flow(config, store=store.url, force=force, return_state=True))
+
+
+def run_joint_with_prefect(
+    config: JointWayConfig,
+    store: Store,
+    dataset: str,
+    *,
+    beside: Sequence[str] = (),
+    name: str = "",
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> JointResult:
+    """Run a joint training as the flow ``joint-training`` in this process.
+
+    Args:
+        config: What to train how.
+        store: Where it is kept.
+        dataset: Name, key or folder of a dataset artefact.
+        beside: Feature artefacts that stay as they are.
+        name: Name of the trained encoder; empty for none.
+        force: Make every artefact again.
+        reporter: Shown what the stages say, and each stage's line as it ends.
+
+    Returns:
+        What ``pipeline.joint_way.run_joint`` returns.
+
+    Raises:
+        PipelineError, FeatureError, RecommenderError: As the stages raise them.
+    """
+    with _ready(store, reporter):
+        from flows.joint_training import joint_training_flow  # noqa: PLC0415 - after the environment is set
+        from flows.tasks import value_of  # noqa: PLC0415
+
+        what = {"features": list(beside), "name": name, "store": store.url, "force": force}
+        return value_of(joint_training_flow(dataset, config=config, **what, return_state=True))
+
+
+@contextmanager
+def _ready(store: Store, reporter: Reporter) -> Iterator[None]:
+    """Choose the server, and show what flows say as everything else is shown."""
     if "prefect" not in sys.modules:  # else somebody chose the server already
         _choose_server(store.url, reporter)
     from flows.reporting import TERMINAL  # noqa: PLC0415 - after the environment is set
-    from flows.tasks import value_of  # noqa: PLC0415
-    from flows.two_stage import two_stage_flow  # noqa: PLC0415
 
     _quiet()
     token = TERMINAL.set(reporter)
     try:
-        return value_of(two_stage_flow(config, store=store.url, force=force, return_state=True))
+        yield
     finally:
         TERMINAL.reset(token)
 

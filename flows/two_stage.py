@@ -8,7 +8,6 @@ from typing import Any
 
 from prefect import State, flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.settings import temporary_settings
 from prefect.states import Completed
 
 from features.indexing import IndexConfig
@@ -19,7 +18,8 @@ from flows.prepare_dataset import prepare_dataset_flow
 from flows.reporting import TERMINAL, artifact_key, markdown_table, name_run, short
 from flows.search_recommender import search_recommender_flow
 from flows.shards import ALONE, Sharing
-from flows.tasks import CACHED, failed, store_address, value_of
+from flows.subflows import run_subflow
+from flows.tasks import CACHED, failed, store_address
 from flows.train_recommender import train_recommender_flow
 from pipeline.comparison.config import ComparisonConfig
 from pipeline.config import RunConfig
@@ -100,14 +100,7 @@ class SubflowStages:
         return self._run(compare_features_flow, runs=list(runs), config=config)
 
     def _run(self, subflow: Callable[..., State[State[str]]], **parameters: Any) -> StageResult:
-        # The heartbeat of the parent speaks for its subflows; their own would cost a second each.
-        with temporary_settings(updates={"flows.heartbeat_frequency": None}):
-            state = subflow(**parameters, store=self.address, force=self.force, return_state=True)
-        artefact = self.store.get(value_of(state))
-        summary = artefact.manifest.facts.get("summary", {})
-        return StageResult(
-            artefact, reused=state.name == CACHED, summary=dict(summary) if isinstance(summary, dict) else {}
-        )
+        return run_subflow(self.store, subflow, store=self.address, force=self.force, **parameters)
 
 
 def show_stages(name: str, result: TwoStageResult) -> str:

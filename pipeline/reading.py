@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Self
 
 import numpy as np
@@ -16,7 +16,7 @@ from features.catalogue import Catalogue
 from features.feature_table import FeatureSet
 from features.fusion import fuse
 from features.imputation import Filled, Part, fill_absent, fill_from_neighbours, propagate
-from features.transforms import TransformConfig, transform
+from features.transforms import Transform, TransformConfig, fit_transform
 from pipeline.errors import DatasetError
 from pipeline.store import Artefact
 from recommenders.feature_input import FeatureTable
@@ -145,6 +145,8 @@ class ReadFeatures:
     counts: dict[str, JsonValue]
     """Modality, and what all were fused to -> its width and the number of items that have it (``present``),
     were given it (``filled``) and are left with zeros (``zero``)."""
+    transforms: dict[str, Transform] = field(default_factory=dict)
+    """Modality, before any fusing -> what was done to its present rows."""
 
 
 def modality_names(modalities: Sequence[str]) -> list[str]:
@@ -176,10 +178,11 @@ def read_features(
         FeatureError: More numbers are asked for than there are, or vectors of unequal width are added.
         ValueError: ``absent: propagate`` without the training interactions.
     """
-    parts = {}
+    parts, transforms = {}, {}
     for name, artefact in features.items():
         aligned, has = _align(artefact, item_ids)
-        parts[name] = Part(transform(aligned, has, config, f"{name}, {artefact.ref},"), has)
+        transforms[name] = fit_transform(aligned, has, config, f"{name}, {artefact.ref},")
+        parts[name] = Part(transforms[name].apply(aligned, has), has)
     filled = {name: _fill(name, parts, config, train) for name in parts}
     present = {name: part.present for name, part in parts.items()}
     counts: dict[str, JsonValue] = {name: _counts(part, present[name]) for name, part in filled.items()}
@@ -190,7 +193,7 @@ def read_features(
         filled, present = {FUSED: joined}, {FUSED: anything}
         counts[f"fused by {config.fuse}"] = _counts(joined, anything)
     table = FeatureTable(vectors={name: part.vectors for name, part in filled.items()}, present=present)
-    return ReadFeatures(table, counts)
+    return ReadFeatures(table, counts, transforms)
 
 
 def _counts(filled: Filled, present: torch.Tensor) -> dict[str, JsonValue]:

@@ -107,12 +107,7 @@ def live_encoder(
             else:
                 sources[modality] = WholeEncoder(tuned.encoder, modality, inputs, device)
         yield CatalogueEncoder(
-            sources,
-            tuned.trainable,
-            chunk=config.chunk,
-            device=device,
-            autocast=_AUTOCAST[config.precision],
-            train=lambda on: tuned.train() if on else tuned.eval(),
+            tuned, sources, chunk=config.chunk, device=device, autocast=_AUTOCAST[config.precision]
         )
     finally:
         for inputs in open_inputs:

@@ -2,12 +2,45 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from features.encoders.base import Encoder
 from features.gradient_cache import Chunked, backward_through, chunked_forward
 from features.live.sources import VectorSource
+from features.tuning.towers import towers_of
+
+
+class TunedEncoder(Protocol):
+    """An encoder that knows what of it is trained, such as `features.tuning.modes.Tuned`."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder, changed while it is trained."""
+        ...
+
+    @property
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """Name -> parameter that is trained, in an order that stays."""
+        ...
+
+    def train(self) -> None:
+        """Switch on dropout where something is trained."""
+        ...
+
+    def eval(self) -> None:
+        """Behave as in use."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all that training changes."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        ...
 
 
 class CatalogueEncoder:
@@ -18,26 +51,24 @@ class CatalogueEncoder:
     chunk, whatever a batch is.
 
     Args:
+        tuned: What is trained.
         sources: Modality -> its vectors.
-        trainable: Parameters that are trained, by name.
         chunk: Items encoded at a time.
         device: Of the parameters.
         autocast: Type of mixed precision; None: float32.
-        train: Switches the encoder to training, and back to evaluation.
     """
 
     def __init__(
         self,
+        tuned: TunedEncoder,
         sources: Mapping[str, VectorSource],
-        trainable: Mapping[str, nn.Parameter],
         *,
         chunk: int,
         device: torch.device,
         autocast: torch.dtype | None,
-        train: Callable[[bool], None],
     ) -> None:
-        self.sources, self.trainable = dict(sources), dict(trainable)
-        self._chunk, self._device, self._autocast, self._train = chunk, device, autocast, train
+        self.tuned, self.sources = tuned, dict(sources)
+        self._chunk, self._device, self._autocast = chunk, device, autocast
         self._waiting: dict[str, tuple[Chunked, Tensor] | None] = {}
 
     @property
@@ -47,14 +78,45 @@ class CatalogueEncoder:
 
     def parameters(self) -> Iterator[Tensor]:
         """What is trained."""
-        yield from self.trainable.values()
+        yield from self.tuned.trainable.values()
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return dict(self.tuned.trainable)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained, by the tower it belongs to: ``image``, ``text``, ``shared``; else ``encoder``.
+
+        Shared is what both towers use, or neither, such as a temperature.
+        """
+        towers = towers_of(self.tuned.encoder)
+        owners = {
+            modality: {id(value) for value in tower.parameters().values()}
+            for modality, tower in towers.items()
+        }
+        if not owners:
+            return {"encoder": list(self.tuned.trainable.values())}
+        found: dict[str, list[nn.Parameter]] = {}
+        for parameter in self.tuned.trainable.values():
+            names = [modality for modality, own in owners.items() if id(parameter) in own]
+            part = names[0] if len(names) == 1 else "shared"
+            found.setdefault(part, []).append(parameter)
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all that training changes, on the CPU."""
+        return self.tuned.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        self.tuned.load_state(state)
 
     def encode(self, modality: str, rows: Tensor) -> Tensor:
         """(R,) item rows -> (R, E) float32, detached; what `backward` needs is remembered."""
         if not len(rows):
             self._waiting[modality] = None
             return self._width_of_nothing(modality)
-        self._train(True)
+        self.tuned.train()
         order, passes = self._passes(modality, rows)
         chunked = chunked_forward(passes, self._device)
         self._waiting[modality] = (chunked, order)
@@ -80,7 +142,7 @@ class CatalogueEncoder:
         """(R,) item rows -> (R, E) float32, as the encoder is in use, chunk by chunk."""
         if not len(rows):
             return self._width_of_nothing(modality)
-        self._train(False)
+        self.tuned.eval()
         order, passes = self._passes(modality, rows)
         vectors: Tensor | None = None
         for places, run in zip(order.split(self._chunk), passes, strict=True):  # type: ignore[no-untyped-call]

@@ -1,0 +1,177 @@
+"""Flow ``joint-training``: an encoder and a recommender trained together, from features to a measured run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from prefect import State, flow
+from prefect.artifacts import create_table_artifact
+from prefect.states import Completed
+
+from features.indexing import IndexConfig
+from flows.build_index import build_index_flow
+from flows.extract_features import extract_features_flow
+from flows.reporting import TERMINAL, Cell, NextStep, artifact_key, headline, name_run
+from flows.subflows import run_subflow
+from flows.tasks import CACHED, failed, run_stage, store_address
+from pipeline.device import DeviceChoice
+from pipeline.encoder_specs import stored_spec
+from pipeline.errors import USER_ERRORS
+from pipeline.joint_way import JointResult, JointWayConfig, run_joint
+from pipeline.stages.extract_features import FeaturesConfig
+from pipeline.stages.measure_joint import measure_joint
+from pipeline.stages.result import StageResult
+from pipeline.stages.train_jointly import HISTORY_FILE, JointSettings, train_encoder_jointly
+from pipeline.store import Store
+
+if TYPE_CHECKING:
+    from pipeline.store import Artefact
+
+NAME = "joint-training"
+TRAIN = "train-jointly"
+MEASURE = "measure-joint"
+DEFAULTS = JointWayConfig()
+
+
+@flow(
+    name=NAME, flow_run_name="{config.encoder} with {config.model} seed {config.seed}", persist_result=False
+)
+def joint_training_flow(
+    dataset: str,
+    *,
+    config: JointWayConfig = DEFAULTS,
+    features: list[str] = [],  # noqa: B006 - never changed; the form wants a list
+    name: str = "",
+    store: str = "",
+    force: bool = False,
+) -> State[JointResult]:
+    """Train an encoder and a recommender together, and leave the encoder, its features, a run and an index.
+
+    Cancelled or killed, the next run with these parameters goes on from the last whole epoch.
+
+    Args:
+        dataset: Name, reference or key of a dataset artefact.
+        config: The encoder, the recommender, how both are trained, and the seed.
+        features: Feature artefacts the recommender reads, too, and that stay as they are.
+        name: Name to keep the trained encoder under, to be asked for as store/<name>; empty for none.
+        store: Folder or address of the store; empty for the one that `tandem up` was started with.
+        force: Make every artefact again although the store has it.
+    """
+    try:
+        opened = Store(store_address(store))
+        stages = SubflowJointStages(opened, store_address(store), force=force)
+        result = run_joint(
+            config,
+            stages,
+            dataset,
+            beside=features,
+            done=lambda stage: TERMINAL.get().say(stage.line()),
+        )
+        if name and result.encoder is not None:
+            opened.name(name, result.encoder.artefact)
+    except USER_ERRORS as error:
+        return failed(error)
+    every = result.all()
+    n_reused = sum(stage.reused for stage in every)
+    message = f"{len(every)} stages, {n_reused} reused"
+    if n_reused == len(every):
+        name_run(config.encoder, reused=True)
+        return Completed(name=CACHED, message=message, data=result)
+    return Completed(message=message, data=result)
+
+
+@flow(name=TRAIN, flow_run_name="{config.model} seed {config.seed}", persist_result=False)
+def train_jointly_flow(
+    dataset: str, features: list[str], *, config: JointSettings, store: str = "", force: bool = False
+) -> State[str]:
+    """Train encoder and recommender together, the epoch chosen on validation.
+
+    Args:
+        dataset: Name, reference or key of a dataset artefact.
+        features: The features to start from; those made by the encoder become live.
+        config: Encoder, recommender, how each is trained, and the seed.
+        store: Folder or address of the store; empty for the one that `tandem up` was started with.
+        force: Train again although the store has it.
+    """
+
+    def following(result: StageResult) -> list[NextStep]:
+        show_history(result)
+        given = {"config": {"encoder": stored_spec(result.artefact)}, "dataset": dataset, "store": store}
+        return [NextStep("Encode the dataset with it", "extract-features", given)]
+
+    return run_stage(
+        TRAIN,
+        store,
+        lambda opened, reporter: train_encoder_jointly(
+            opened, dataset, features, config, reporter=reporter, force=force
+        ),
+        following=following,
+    )
+
+
+@flow(name=MEASURE, flow_run_name="{encoder}", persist_result=False)
+def measure_joint_flow(
+    encoder: str, features: list[str], *, device: DeviceChoice = "auto", store: str = "", force: bool = False
+) -> State[str]:
+    """Measure the recommender that was trained with an encoder, on that encoder's features.
+
+    Args:
+        encoder: The encoder artefact of train-jointly.
+        features: Its features, and those it was trained beside.
+        device: Where scores are made.
+        store: Folder or address of the store; empty for the one that `tandem up` was started with.
+        force: Measure again although the store has it.
+    """
+    return run_stage(
+        MEASURE,
+        store,
+        lambda opened, reporter: measure_joint(
+            opened, encoder, features, device=device, reporter=reporter, force=force
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class SubflowJointStages:
+    """The stages of ``pipeline.joint_way.JointStages``, each a subflow."""
+
+    store: Store
+    address: str
+    force: bool = False
+
+    def extract(self, dataset: str, config: FeaturesConfig) -> StageResult:
+        """Encode one modality with one encoder."""
+        return self._run(extract_features_flow, dataset=dataset, config=config)
+
+    def train_jointly(self, dataset: str, features: Sequence[str], config: JointSettings) -> StageResult:
+        """Train encoder and recommender together."""
+        return self._run(train_jointly_flow, dataset=dataset, features=list(features), config=config)
+
+    def measure(self, encoder: str, features: Sequence[str], device: DeviceChoice) -> StageResult:
+        """Measure the recommender on the trained encoder's features."""
+        return self._run(measure_joint_flow, encoder=encoder, features=list(features), device=device)
+
+    def index(self, source: str, config: IndexConfig) -> StageResult:
+        """Index a feature artefact or a run's items."""
+        return self._run(build_index_flow, source=source, config=config)
+
+    def _run(self, subflow: Callable[..., State[State[str]]], **parameters: Any) -> StageResult:
+        return run_subflow(self.store, subflow, store=self.address, force=self.force, **parameters)
+
+
+def show_history(result: StageResult) -> None:
+    """Leave a table of losses, gradient norms and validation metrics: an epoch a row."""
+    key = artifact_key(NAME, result.artefact.slug, "history")
+    create_table_artifact(history_rows(result.artefact), key=key, description=headline(result))
+
+
+def history_rows(encoder: Artefact) -> list[dict[str, Cell]]:
+    """The history of a joint training with figures that a person can read."""
+    history = pl.read_parquet(encoder.path(HISTORY_FILE))
+    floats = [pl.col(name).round_sig_figs(4) for name, dtype in history.schema.items() if dtype == pl.Float64]
+    columns = pl.col("epoch").cast(pl.Int64), (pl.col("joint") > 0)
+    rows: list[dict[str, Cell]] = history.with_columns(*floats).with_columns(*columns).to_dicts()
+    return rows

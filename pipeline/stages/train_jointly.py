@@ -1,0 +1,267 @@
+"""Stage: features and the encoder behind them in, the encoder trained together with a recommender out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+
+from features.catalogue import Modality, TextConfig
+from features.live.building import LiveConfig, live_encoder
+from features.tuning.modes import TuningConfig, prepare_tuning
+from pipeline.device import choose_device
+from pipeline.encoder_specs import ResolvedEncoder, resolve_encoder, store_encoder
+from pipeline.errors import ConfigError
+from pipeline.peak_memory import forget_peak_memory, peak_memory
+from pipeline.progress import SILENT, Reporter
+from pipeline.reading import read_catalogue, read_features, read_for_choosing
+from pipeline.stages.extract_features import encoder_label
+from pipeline.stages.result import StageResult
+from pipeline.stages.train_recommender import (
+    RunSettings,
+    by_name,
+    run_identity,
+    shown_encoder,
+)
+from recommenders.joint import JointConfig, JointInput, train_jointly
+from recommenders.live import LiveTable
+from recommenders.models.registry import build_model, model_config
+
+if TYPE_CHECKING:
+    from features.encoders.base import EncoderInfo
+    from pipeline.store import Artefact, Draft, Store
+
+HISTORY_FILE = "history.parquet"
+RECOMMENDER_FILE = "recommender.safetensors"
+"""The recommender's parameters at the chosen epoch, in the encoder's folder; `measure_joint` reads them."""
+LIVE_MODALITIES = ("image", "text")
+
+
+class JointSettings(RunSettings, frozen=True, extra="forbid"):
+    """One recommender with one seed, and the encoder that is trained with it."""
+
+    model: str = Field("freedom", description="Name of the recommender, one that reads features.")
+    encoder: str = Field("tiny", description="Specification of the encoder, as listed by `tandem encoders`.")
+    tuning: TuningConfig = Field(default_factory=TuningConfig)
+    live: LiveConfig = Field(default_factory=LiveConfig)
+    joint: JointConfig = Field(default_factory=JointConfig)
+
+    def run(self) -> RunSettings:
+        """Return the recommender's settings alone."""
+        return RunSettings.model_validate({name: getattr(self, name) for name in RunSettings.model_fields})
+
+
+def train_encoder_jointly(
+    store: Store,
+    dataset: str,
+    features: Sequence[str],
+    config: JointSettings,
+    *,
+    reporter: Reporter = SILENT,
+    force: bool = False,
+) -> StageResult:
+    """Train an encoder and a recommender together, and keep the encoder at the epoch validation chose.
+
+    Stopped or killed, the same call goes on from the last whole epoch. The test part is not read; the
+    recommender is measured by `measure_joint`, on features that the trained encoder has extracted.
+
+    Args:
+        store: Where everything lies.
+        dataset: Name, key or folder of a dataset artefact.
+        features: Feature artefacts to start from. Those made by the encoder, of images and texts, become
+            live; others stay as they are.
+        config: Encoder, recommender, how each is trained, and the seed.
+        reporter: Told of epochs.
+        force: Train again although the store has the encoder.
+
+    Raises:
+        ConfigError: No feature artefact was made by this encoder, or reading fuses what has to stay apart.
+        EncoderError: The encoder cannot be had, tuned so, or saved.
+        TrainingError: The recommender cannot be trained so.
+    """
+    data = store.get(dataset, "dataset")
+    tables = by_name([store.get(ref, "features") for ref in features], config.model)
+    chosen = resolve_encoder(store, config.encoder)
+    config = config.model_copy(update={"encoder": chosen.spec})
+    info = chosen.describe()
+    live = live_names(tables, info, config)
+    device = choose_device(config.device)
+    label = joint_label(encoder_label(chosen.spec, info), config.model)
+
+    def make(draft: Draft) -> None:
+        _train(
+            draft,
+            data,
+            tables,
+            config,
+            chosen=chosen,
+            live=live,
+            device=device,
+            label=label,
+            reporter=reporter,
+        )
+
+    outcome = store.produce(
+        "encoder",
+        slug=f"{label}-seed-{config.seed}",
+        identity={
+            **run_identity(data, tables, config.run(), device),
+            "encoder": {"weights": info.weights_sha256, "preprocessing": info.preprocessing_sha256},
+            "tuning": config.tuning.model_dump(mode="json"),
+            "live": config.live.model_dump(mode="json", include={"chunk", "precision", "keep_states"}),
+            "joint": config.joint.model_dump(mode="json"),
+        },
+        inputs=[
+            data.as_input("interactions"),
+            *(artefact.as_input(name) for name, artefact in tables.items()),
+            *chosen.inputs,
+        ],
+        parameters={
+            **config.model_dump(mode="json", exclude={"settings", "device"}),
+            "settings": model_config(config.model, config.settings).model_dump(mode="json"),
+            "label": label,
+            "live_modalities": list(live),
+            "dataset": data.key,
+            "features": {name: artefact.key for name, artefact in tables.items()},
+        },
+        make=make,
+        resumable=True,
+        force=force,
+    )
+    return StageResult.of(outcome)
+
+
+def joint_label(encoder: str, model: str) -> str:
+    """What an encoder that was trained with a recommender is called."""
+    return f"{encoder}-joint-{model}"
+
+
+def live_names(
+    tables: Mapping[str, Artefact], info: EncoderInfo, config: JointSettings
+) -> tuple[Modality, ...]:
+    """Names of the tables whose rows the encoder makes, and keeps making.
+
+    Raises:
+        ConfigError: There are none, they are of different texts, or reading fuses modalities.
+    """
+    if config.reading.fuse != "none":
+        raise ConfigError(
+            f"reading.fuse is {config.reading.fuse!r}; in joint training each modality stays a table of its "
+            "own, whose rows are encoded anew. Set it to none; the recommender joins them."
+        )
+    live = []
+    for name in LIVE_MODALITIES:
+        made_by = tables[name].manifest.parameters.get("info") if name in tables else None
+        if isinstance(made_by, dict) and all(
+            made_by.get(part) == getattr(info, part) for part in ("weights_sha256", "preprocessing_sha256")
+        ):
+            live.append(name)
+    if not live:
+        made = ", ".join(f"{name} by {shown_encoder(artefact)}" for name, artefact in tables.items())
+        raise ConfigError(
+            f"{config.encoder} made none of the features ({made or 'there are none'}), so that nothing would "
+            f"be trained. Extract them first: tandem extract <dataset> --encoder {config.encoder} "
+            "--modality image."
+        )
+    return cast("tuple[Modality, ...]", tuple(live))
+
+
+def _train(
+    draft: Draft,
+    data: Artefact,
+    tables: Mapping[str, Artefact],
+    config: JointSettings,
+    *,
+    chosen: ResolvedEncoder,
+    live: Sequence[Modality],
+    device: torch.device,
+    label: str,
+    reporter: Reporter,
+) -> None:
+    pairs = read_for_choosing(data)
+    read = read_features(tables, pairs.item_ids, config.reading, pairs.train)
+    table = read.table.to(device)
+    forget_peak_memory(device)
+    started = time.perf_counter()
+    encoder = chosen.load(device=device)
+    tuned = prepare_tuning(encoder, config.tuning, seed=config.seed)
+    init_rng, training_rng = np.random.default_rng(config.seed).spawn(2)
+    model = build_model(config.model, config.settings, pairs.train, table, init_rng).to(device)
+    name = f"{config.model} with {encoder_label(chosen.spec, encoder.info)} seed {config.seed}"
+    with (
+        reporter.progress(f"states of {label}") as states_progress,
+        live_encoder(
+            tuned,
+            read_catalogue(data),
+            live,
+            table.present,
+            config.live,
+            folder=draft.scratch / "live",
+            text=_text_of(tables, live),
+            progress=states_progress,
+        ) as rows,
+        reporter.progress(name) as progress,
+    ):
+        trained = train_jointly(
+            model,
+            pairs.train,
+            pairs.valid,
+            JointInput(
+                LiveTable(table, rows, lambda modality, raw: read.transforms[modality].map_rows(raw)),
+                rows,
+                config.joint,
+            ),
+            config.training,
+            evaluation=config.evaluation,
+            rng=training_rng,
+            checkpoint_folder=draft.scratch,
+            progress=progress,
+        )
+        n_trained = sum(parameter.numel() for parameter in rows.parameters())
+    tuned.finish()
+    seconds, peak = time.perf_counter() - started, peak_memory(device)
+    store_encoder(
+        draft,
+        encoder.cpu(),
+        name=label,
+        provenance={
+            "made_by": "joint-training",
+            "encoder": config.encoder,
+            "recommender": config.model,
+            "dataset": data.key,
+            "seed": config.seed,
+            "best_epoch": trained.best_epoch,
+        },
+    )
+    state = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+    save_file(state, draft.path(RECOMMENDER_FILE))
+    trained.history_frame().write_parquet(draft.path(HISTORY_FILE))
+    monitor = config.training.monitor
+    best = trained.history[trained.best_epoch - 1][f"valid_{monitor}"] if trained.best_epoch else None
+    draft.record(
+        train_seconds=seconds,
+        epochs=len(trained.history),
+        best_epoch=trained.best_epoch,
+        stopped_early=trained.stopped_early,
+        resumed_after=trained.resumed_after,
+        seconds_by_phase=dict(trained.seconds),
+        peak_memory_bytes=peak,
+        n_trained=n_trained,
+        summary={
+            "best epoch": trained.best_epoch,
+            "of which frozen": config.joint.warmup_epochs,
+            f"valid {monitor}": best,
+        },
+    )
+
+
+def _text_of(tables: Mapping[str, Artefact], live: Sequence[Modality]) -> TextConfig:
+    """Which text was encoded, where texts are live."""
+    if "text" not in live:
+        return TextConfig()
+    return TextConfig.model_validate(tables["text"].manifest.parameters["text"])
