@@ -45,7 +45,7 @@ def cosine_neighbours(
     if len(vectors) > exact_up_to and k:
         return _by_index(vectors, k)
     n_items = len(vectors)
-    block_rows = block_rows or max(1, _BLOCK_NUMBERS // max(n_items, 1))
+    block_rows = block_rows or _rows_at_once(n_items)
     unit = normalize(vectors.float(), dim=1)
     neighbours = torch.empty((n_items, k), dtype=torch.int64, device=vectors.device)
     similarities = torch.empty((n_items, k), device=vectors.device)
@@ -55,7 +55,21 @@ def cosine_neighbours(
         block[own, start + own] = -torch.inf
         stop = start + len(block)
         torch.topk(block, k, dim=1, out=(similarities[start:stop], neighbours[start:stop]))
+        del block  # or the next one is made beside it
     return neighbours, similarities
+
+
+def search_bytes(n_items: int, width: int, block_rows: int = 0, exact_up_to: int = EXACT_UP_TO) -> int:
+    """Estimate the memory of ``cosine_neighbours`` on (I, F) vectors: copies of them, and a block of scores."""
+    copies = 3 * 4 * n_items * width
+    if n_items > exact_up_to:
+        return copies
+    return copies + 4 * n_items * min(block_rows or _rows_at_once(n_items), n_items)
+
+
+def _rows_at_once(n_items: int) -> int:
+    """Return the rows whose similarities with all others are 128 MiB."""
+    return max(1, _BLOCK_NUMBERS // max(n_items, 1))
 
 
 def _by_index(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from recommenders.item_graphs import (
 )
 from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
+from recommenders.neighbours import search_bytes
 from recommenders.sampling import Batch
 
 SEARCH = {
@@ -151,6 +152,13 @@ class Lattice(Recommender):
         taken, offered = rows_of(users, batch.users), rows_of(items, batch_items(batch))
         penalty = half_squared_norm(taken, offered)
         return bpr_loss(pair_scores(taken, offered)) + self.config.l2 / len(batch.users) * penalty
+
+    @override
+    def working_bytes(self, n_pairs: int, n_negatives: int) -> int:
+        """Estimate a step, or the choice of neighbours before an epoch where that takes more."""
+        config = self.config
+        search = search_bytes(self.n_items, config.feature_dim, config.block_rows)
+        return max(super().working_bytes(n_pairs, n_negatives), search)
 
     def _embed(self, given: dict[str, ItemGraph], learned: dict[str, ItemGraph]) -> tuple[Tensor, Tensor]:
         """Return the embeddings that are scored."""

@@ -102,6 +102,13 @@ class Mgcn(Recommender):
         """Return BPR, contrast and L2; what is done row by row is done for the batch's rows alone."""
         return side_loss(batch, self.embeddings, self._propagate(features), self._fuse, self.config)
 
+    @override
+    def working_bytes(self, n_pairs: int, n_negatives: int) -> int:
+        """Add what the fuser makes of each modality: some four tables of the batch's rows, with gradients."""
+        rows = n_pairs * (2 + n_negatives)
+        fused = 4 * 4 * rows * self.config.dim * len(self.projections)
+        return super().working_bytes(n_pairs, n_negatives) + fused
+
     def _propagate(self, features: FeatureTable) -> Propagated:
         """Return (U + I, D) behavioural embeddings, and h^m by modality, (U, D) and (I, D)."""
         behaviour = mean_propagation(self.adjacency, self.embeddings, self.config.n_layers)

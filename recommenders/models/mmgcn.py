@@ -112,6 +112,12 @@ class Mmgcn(Recommender):
         penalty = self.config.l2 / n_rows * half_squared_norm(*own)
         return bpr_loss(pair_scores(users, items)) + penalty
 
+    @override
+    def working_bytes(self, n_pairs: int, n_negatives: int) -> int:
+        """Add what a layer keeps of all nodes: their products with W1, and the means over neighbours."""
+        kept = 2 * self.config.n_layers * len(self.networks) * 4 * self.config.dim * len(self.ids)
+        return super().working_bytes(n_pairs, n_negatives) + kept
+
     def _last_layer(self, nodes: Tensor, features: FeatureTable) -> Tensor:
         """Return (R, D) sums over modalities of some nodes' last layer."""
         parts = [

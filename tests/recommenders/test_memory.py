@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from tests.worlds import random_world
 HERE = torch.device("cpu")
 
 
-def measured_training(name: str, n_users: int, batch_size: int, block_mb: int) -> tuple[TrainingResult, int]:
+def measured_training(
+    name: str, n_users: int, batch_size: int, block_mb: int, widths: Mapping[str, int]
+) -> tuple[TrainingResult, int]:
     """Train two epochs; return the result and the most bytes of tensors made meanwhile and alive at once."""
     n_items, rng = n_users * 3 // 4, np.random.default_rng(0)
     keys = np.unique(np.repeat(np.arange(n_users), 8) * n_items + rng.integers(n_items, size=8 * n_users))
@@ -32,7 +35,6 @@ def measured_training(name: str, n_users: int, batch_size: int, block_mb: int) -
     parts = [
         Interactions(k // n_items, k % n_items, n_users, n_items) for k in (keys[in_train], keys[~in_train])
     ]
-    widths = {"image": 256, "text": 128}
     features = FeatureTable(
         {modality: torch.randn(n_items, width) for modality, width in widths.items()},
         {modality: torch.ones(n_items, dtype=torch.bool) for modality in widths},
@@ -55,9 +57,20 @@ def measured_training(name: str, n_users: int, batch_size: int, block_mb: int) -
 def test_the_estimate_is_within_a_factor_of_two_of_what_tensors_took(
     name: str, n_users: int, batch_size: int, block_mb: int
 ) -> None:
-    result, peak = measured_training(name, n_users, batch_size, block_mb)
+    result, peak = measured_training(name, n_users, batch_size, block_mb, {"image": 256, "text": 128})
     assert result.memory is not None
     assert peak / 2 < result.memory.to_come_bytes < 2 * peak
+
+
+@pytest.mark.parametrize(("n_users", "batch_size"), [(2_000, 2048), (3_000, 256)], ids=["batch", "tables"])
+@pytest.mark.parametrize("name", ["lattice", "mgcn", "mmgcn"])
+def test_a_model_s_own_work_on_every_modality_is_in_the_estimate(
+    name: str, n_users: int, batch_size: int
+) -> None:
+    """Near enough that what the model adds to the estimate of all models cannot be left out of both cases."""
+    result, peak = measured_training(name, n_users, batch_size, 1, dict.fromkeys("abc", 64))
+    assert result.memory is not None
+    assert peak / 1.4 < result.memory.to_come_bytes < 1.4 * peak
 
 
 def test_the_peak_has_the_larger_of_step_and_evaluation() -> None:
