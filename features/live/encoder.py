@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from features.encoders.base import Encoder
+from features.errors import EncoderError
 from features.gradient_cache import Chunked, backward_through, chunked_forward
 from features.live.sources import VectorSource
 from features.tuning.towers import towers_of
@@ -87,15 +88,19 @@ class CatalogueEncoder:
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """What is trained, by the tower it belongs to: ``image``, ``text``, ``shared``; else ``encoder``.
 
-        Shared is what both towers use, or neither, such as a temperature.
+        Shared is what both towers use, or neither, such as a temperature. An encoder that does not show a
+        tower for each of its modalities is one part, ``encoder``.
         """
-        towers = towers_of(self.tuned.encoder)
+        try:
+            towers = towers_of(self.tuned.encoder)
+        except EncoderError:
+            towers = {}
+        if not towers:
+            return {"encoder": list(self.tuned.trainable.values())}
         owners = {
             modality: {id(value) for value in tower.parameters().values()}
             for modality, tower in towers.items()
         }
-        if not owners:
-            return {"encoder": list(self.tuned.trainable.values())}
         found: dict[str, list[nn.Parameter]] = {}
         for parameter in self.tuned.trainable.values():
             names = [modality for modality, own in owners.items() if id(parameter) in own]

@@ -11,11 +11,14 @@ from features.encoders.base import Encoder
 from features.errors import FeatureError, FeatureFileError
 from features.images import ImageLimits
 from features.live.building import LiveConfig, live_encoder
+from features.live.encoder import CatalogueEncoder
 from features.live.inputs import RowInputs
 from features.live.states import StateFile
 from features.tuning.modes import TuningConfig, prepare_tuning
 from tests.features.small_catalogue import picture_catalogue
 from tests.features.small_clip import SIGLIP, SMALL, small_encoder
+from tests.features.small_encoder import SmallEncoder
+from tests.features.test_tuning_towers import ENCODERS
 
 N_ITEMS = 9
 SEES_PADDING = SIGLIP | {"text_cfg": SIGLIP["text_cfg"] | {"vocab_size": 49408}}
@@ -179,3 +182,50 @@ def test_items_without_a_text_are_never_asked_for(tmp_path: Path) -> None:
     present = {"text": torch.tensor([True, False])}
     with live_encoder(tuned, catalogue, ("text",), present, LiveConfig(), folder=tmp_path) as live:
         assert live.encode("text", torch.tensor([0])).shape == (1, 12)
+
+
+def catalogue_encoder(encoder: Encoder, mode: str = "full") -> CatalogueEncoder:
+    tuned = prepare_tuning(encoder, MODES[mode])
+    return CatalogueEncoder(tuned, {}, chunk=2, device=torch.device("cpu"), autocast=None)
+
+
+def test_parts_tell_towers_apart_and_leave_nothing_out() -> None:
+    encoder = small_encoder(SMALL)
+    live = catalogue_encoder(encoder)
+    parts = live.parts()
+    assert set(parts) == {"image", "text", "shared"}
+    assert {id(value) for value in parts["image"]} == set(map(id, encoder.model.visual.parameters()))
+    assert [id(value) for value in parts["shared"]] == [id(encoder.model.logit_scale)]
+    assert any(value is encoder.model.token_embedding.weight for value in parts["text"])
+    everyone = [id(value) for part in parts.values() for value in part]
+    assert sorted(everyone) == sorted(map(id, live.parameters()))
+    assert len(everyone) == len(list(encoder.parameters()))
+
+
+def test_parts_of_a_frozen_tower_and_of_shared_attention(tmp_path: Path) -> None:
+    assert set(catalogue_encoder(small_encoder(SMALL), "locked image").parts()) == {"text", "shared"}
+    vlmo = ENCODERS["vlmo"](tmp_path)
+    shared = catalogue_encoder(vlmo).parts()["shared"]
+    assert any(value is vlmo.model.transformer.blocks[0].attn.qkv.weight for value in shared)
+
+
+def test_an_encoder_that_shows_no_towers_is_one_part() -> None:
+    encoder = SmallEncoder()
+    parts = catalogue_encoder(encoder).parts()
+    assert {name: list(map(id, part)) for name, part in parts.items()} == {
+        "encoder": list(map(id, encoder.parameters()))
+    }
+
+
+def test_names_and_states_are_those_of_what_is_trained() -> None:
+    live = catalogue_encoder(small_encoder(SMALL), "last-n")
+    named = live.named_parameters()
+    assert list(named) == list(live.tuned.trainable)
+    before = live.state()
+    assert set(named) <= set(before)
+    with torch.no_grad():
+        for value in named.values():
+            value.add_(1.0)
+    assert not any(torch.equal(value, before[name]) for name, value in named.items())
+    live.load_state(before)
+    assert all(torch.equal(value, before[name]) for name, value in named.items())
