@@ -121,6 +121,21 @@ class UserItemGraph(nn.Module):
         kept[keys.topk(n_kept, largest=False, sorted=False).indices] = True
         return kept
 
+    def thinned(self, left_out: float) -> Tensor:
+        """Return the adjacency of a part of the pairs, drawn as ``sample`` draws: those of rare ends stay.
+
+        Chances are proportional to 1 / sqrt(degree(u) degree(i)).
+
+        Args:
+            left_out: Share of the pairs that are left out.
+
+        Source: Zhou and Shen, "A tale of two graphs: Freezing and denoising graph structures for multimodal
+        recommendation", MM 2023, sec. "Denoising user-item bipartite graph".
+        """
+        of_user, of_item = self.degrees()
+        chances = (of_user[self.users] * of_item[self.items]).float().rsqrt()
+        return self.adjacency(self.sample(int(len(self) * (1 - left_out)), chances))
+
 
 def outside_compiler(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Have torch.compile call a function as it is, with what is before and after it compiled.

@@ -60,7 +60,7 @@ def cosine_neighbours(
 
 
 def search_bytes(n_items: int, width: int, block_rows: int = 0, exact_up_to: int = EXACT_UP_TO) -> int:
-    """Estimate the memory of ``cosine_neighbours`` on (I, F) vectors: copies of them, and a block of scores."""
+    """Estimate the memory of ``cosine_neighbours`` on (I, F) vectors: copies, and a block of scores."""
     copies = 3 * 4 * n_items * width
     if n_items > exact_up_to:
         return copies

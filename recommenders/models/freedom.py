@@ -96,12 +96,8 @@ class Freedom(Recommender):
     @override
     def start_epoch(self, features: FeatureTable) -> None:
         """Draw the pairs that stay in the user-item graph."""
-        if not self.config.edge_dropout:
-            return
-        n_kept = int(len(self.graph) * (1 - self.config.edge_dropout))
-        of_user, of_item = self.graph.degrees()
-        chances = (of_user[self.graph.users] * of_item[self.graph.items]).float().rsqrt()
-        self._thinned = self.graph.adjacency(self.graph.sample(n_kept, chances))
+        if self.config.edge_dropout:
+            self._thinned = self.graph.thinned(self.config.edge_dropout)
 
     @override
     def refresh_graph(self, features: FeatureTable) -> None:

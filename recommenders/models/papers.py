@@ -108,5 +108,11 @@ PAPERS: dict[str, Paper] = {
         "AAAI",
         2025,
     ),
+    "mmgcf": Paper(
+        "Spillo et al.",
+        "Multimodal graph collaborative filtering for recommendation with graph convolutional networks",
+        "UMAP",
+        2026,
+    ),
 }
 """By the recommender's name; popularity and random come from no paper."""

@@ -26,6 +26,7 @@ from recommenders.models import (
     lgmrec,
     lightgcn,
     mgcn,
+    mmgcf,
     mmgcl,
     mmgcn,
     pgl,
@@ -48,6 +49,7 @@ from recommenders.models.layergcn import LayerGcn, LayerGcnConfig
 from recommenders.models.lgmrec import LgmRec, LgmRecConfig
 from recommenders.models.lightgcn import LightGcn, LightGcnConfig
 from recommenders.models.mgcn import Mgcn, MgcnConfig
+from recommenders.models.mmgcf import Mmgcf, MmgcfConfig
 from recommenders.models.mmgcl import Mmgcl, MmgclConfig
 from recommenders.models.mmgcn import Mmgcn, MmgcnConfig
 from recommenders.models.papers import PAPERS, Paper
@@ -102,6 +104,7 @@ MODELS: dict[str, ModelEntry] = {
     "slmrec": ModelEntry(SlmrecConfig, Slmrec, slmrec.SEARCH, PAPERS["slmrec"]),
     "lattice": ModelEntry(LatticeConfig, Lattice, lattice.SEARCH, PAPERS["lattice"]),
     "freedom": ModelEntry(FreedomConfig, Freedom, freedom.SEARCH, PAPERS["freedom"]),
+    "mmgcf": ModelEntry(MmgcfConfig, Mmgcf, mmgcf.SEARCH, PAPERS["mmgcf"]),
 }
 
 

@@ -44,6 +44,7 @@ SMALL: dict[str, dict[str, int]] = {
     "smore": {"dim": 4, "k": 4},
     "mgcn": {"dim": 4, "k": 4},
     "mmgcn": {"dim": 4, "latent_dim": 5},
+    "mmgcf": {"dim": 4},
     "mmgcl": {"dim": 4},
     "slmrec": {"dim": 4},
     "lattice": {"dim": 4, "feature_dim": 3, "k": 4},
