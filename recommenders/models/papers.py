@@ -108,6 +108,9 @@ PAPERS: dict[str, Paper] = {
         "AAAI",
         2025,
     ),
+    "mvgae": Paper(
+        "Yi and Chen", "Multi-modal variational graph auto-encoder for recommendation systems", "TMM", 2021
+    ),
     "mmgcf": Paper(
         "Spillo et al.",
         "Multimodal graph collaborative filtering for recommendation with graph convolutional networks",

@@ -29,6 +29,7 @@ from recommenders.models import (
     mmgcf,
     mmgcl,
     mmgcn,
+    mvgae,
     pgl,
     selfcf,
     slmrec,
@@ -52,6 +53,7 @@ from recommenders.models.mgcn import Mgcn, MgcnConfig
 from recommenders.models.mmgcf import Mmgcf, MmgcfConfig
 from recommenders.models.mmgcl import Mmgcl, MmgclConfig
 from recommenders.models.mmgcn import Mmgcn, MmgcnConfig
+from recommenders.models.mvgae import Mvgae, MvgaeConfig
 from recommenders.models.papers import PAPERS, Paper
 from recommenders.models.pgl import Pgl, PglConfig
 from recommenders.models.popularity import Popularity, PopularityConfig
@@ -104,6 +106,7 @@ MODELS: dict[str, ModelEntry] = {
     "slmrec": ModelEntry(SlmrecConfig, Slmrec, slmrec.SEARCH, PAPERS["slmrec"]),
     "lattice": ModelEntry(LatticeConfig, Lattice, lattice.SEARCH, PAPERS["lattice"]),
     "freedom": ModelEntry(FreedomConfig, Freedom, freedom.SEARCH, PAPERS["freedom"]),
+    "mvgae": ModelEntry(MvgaeConfig, Mvgae, mvgae.SEARCH, PAPERS["mvgae"]),
     "mmgcf": ModelEntry(MmgcfConfig, Mmgcf, mmgcf.SEARCH, PAPERS["mmgcf"]),
 }
 

@@ -63,7 +63,7 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_tensors_took(
 
 
 @pytest.mark.parametrize(("n_users", "batch_size"), [(2_000, 2048), (3_000, 256)], ids=["batch", "tables"])
-@pytest.mark.parametrize("name", ["lattice", "mgcn", "mmgcn"])
+@pytest.mark.parametrize("name", ["lattice", "mgcn", "mmgcn", "mvgae"])
 def test_a_model_s_own_work_on_every_modality_is_in_the_estimate(
     name: str, n_users: int, batch_size: int
 ) -> None:

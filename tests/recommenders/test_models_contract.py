@@ -45,6 +45,7 @@ SMALL: dict[str, dict[str, int]] = {
     "mgcn": {"dim": 4, "k": 4},
     "mmgcn": {"dim": 4, "latent_dim": 5},
     "mmgcf": {"dim": 4},
+    "mvgae": {"dim": 4, "latent_dim": 5, "dropout": 0},
     "mmgcl": {"dim": 4},
     "slmrec": {"dim": 4},
     "lattice": {"dim": 4, "feature_dim": 3, "k": 4},
@@ -53,6 +54,7 @@ SMALL: dict[str, dict[str, int]] = {
 ONLY_RANKING: dict[str, dict[str, Setting]] = {
     "freedom": {"feature_weight": 0},
     "mmgcl": {"ssl_weight": 0},
+    "mvgae": {"expert_weight": 0},
     "slmrec": {"ssl_weight": 0, "main_loss": "bpr"},
 }
 """Settings without which the loss is more than BPR on the scores."""

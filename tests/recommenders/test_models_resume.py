@@ -16,7 +16,9 @@ DRAWING = {
     "freedom": {"dim": 4, "k": 4, "edge_dropout": 0.5},
     "lattice": {"dim": 4, "feature_dim": 3, "k": 4},
     "mmgcn": {"dim": 4, "latent_dim": 3},
+    "mmgcf": {"dim": 4},
     "mmgcl": {"dim": 4},
+    "mvgae": {"dim": 4, "latent_dim": 5},
     "slmrec": {"dim": 4, "task": "fd+fm"},
 }
 
