@@ -144,13 +144,13 @@ def run_two_stage(
     for recommender in config.recommenders:
         for features in _feature_keys(config, recommender, result):
             chosen = ""
-            wanted = _search_settings(config, recommender)
+            wanted = search_settings(config, recommender)
             if wanted is not None:
                 found = note(stages.search(dataset.artefact.key, features, wanted))
                 result.searches.append(found)
                 chosen = found.artefact.key
             for seed in config.seeds:
-                settings = _run_settings(config, recommender, seed)
+                settings = run_settings(config, recommender, seed)
                 run = stages.train(dataset.artefact.key, features, settings, search=chosen)
                 result.runs.append(note(run))
     result.comparison = note(stages.compare([run.artefact.key for run in result.runs], config.comparison))
@@ -175,7 +175,8 @@ def _feature_keys(
     ]
 
 
-def _run_settings(config: RunConfig, recommender: RecommenderConfig, seed: int) -> RunSettings:
+def run_settings(config: RunConfig, recommender: RecommenderConfig, seed: int) -> RunSettings:
+    """Return how a configuration trains and measures one recommender with one seed."""
     return RunSettings(
         model=recommender.model,
         settings=recommender.settings,
@@ -187,10 +188,10 @@ def _run_settings(config: RunConfig, recommender: RecommenderConfig, seed: int) 
     )
 
 
-def _search_settings(config: RunConfig, recommender: RecommenderConfig) -> SearchSettings | None:
-    """What is searched of a recommender, with the first seed; None where nothing is."""
+def search_settings(config: RunConfig, recommender: RecommenderConfig) -> SearchSettings | None:
+    """Return what is searched of a recommender, with the first seed; None where nothing is."""
     if not config.search.enabled:
         return None
-    run = _run_settings(config, recommender, config.seeds[0])
+    run = run_settings(config, recommender, config.seeds[0])
     settings = SearchSettings.model_validate({**run.model_dump(), "search": config.search.plain()})
     return settings if settings.space() else None
