@@ -1,0 +1,1 @@
+"""The study of paradigms: specific, pre-trained, fine-tuned and jointly trained encoders in one table."""
