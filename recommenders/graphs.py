@@ -148,7 +148,7 @@ def outside_compiler(function: Callable[Arguments, Result]) -> Callable[Argument
     @functools.wraps(function)
     def called(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if torch.compiler.is_compiling():
-            alone: Callable[Arguments, Result] = torch.compiler.disable(function)
+            alone: Callable[Arguments, Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
             return alone(*args, **kwargs)
         return function(*args, **kwargs)
 

@@ -129,7 +129,7 @@ class Mvgae(Recommender):
 
     @override
     def working_bytes(self, n_pairs: int, n_negatives: int) -> int:
-        """Add what each expert keeps of all nodes for its gradients: layer 0 and some seven tables a layer."""
+        """Add what each expert keeps of all nodes for its gradients: layer 0, and seven tables a layer."""
         config = self.config
         n_nodes = self.n_users + self.n_items
         of_expert = 4 * n_nodes * (3 * config.latent_dim + 7 * (config.n_layers + 2) * config.dim)

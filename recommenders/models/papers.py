@@ -111,6 +111,13 @@ PAPERS: dict[str, Paper] = {
     "mvgae": Paper(
         "Yi and Chen", "Multi-modal variational graph auto-encoder for recommendation systems", "TMM", 2021
     ),
+    "damrs": Paper(
+        "Xv et al.",
+        "Improving multi-modal recommender systems by denoising and aligning multi-modal content and user "
+        "feedback",
+        "KDD",
+        2024,
+    ),
     "mmgcf": Paper(
         "Spillo et al.",
         "Multimodal graph collaborative filtering for recommendation with graph convolutional networks",

@@ -15,6 +15,7 @@ from recommenders.interactions import Interactions
 from recommenders.models import (
     bm3,
     bpr_mf,
+    damrs,
     dragon,
     dualgnn,
     ease,
@@ -39,6 +40,7 @@ from recommenders.models import (
 from recommenders.models.base import Recommender
 from recommenders.models.bm3 import Bm3, Bm3Config
 from recommenders.models.bpr_mf import BprMf, BprMfConfig
+from recommenders.models.damrs import DaMrs, DaMrsConfig
 from recommenders.models.dragon import Dragon, DragonConfig
 from recommenders.models.dualgnn import DualGnn, DualGnnConfig
 from recommenders.models.ease import Ease, EaseConfig
@@ -107,6 +109,7 @@ MODELS: dict[str, ModelEntry] = {
     "lattice": ModelEntry(LatticeConfig, Lattice, lattice.SEARCH, PAPERS["lattice"]),
     "freedom": ModelEntry(FreedomConfig, Freedom, freedom.SEARCH, PAPERS["freedom"]),
     "mvgae": ModelEntry(MvgaeConfig, Mvgae, mvgae.SEARCH, PAPERS["mvgae"]),
+    "damrs": ModelEntry(DaMrsConfig, DaMrs, damrs.SEARCH, PAPERS["damrs"]),
     "mmgcf": ModelEntry(MmgcfConfig, Mmgcf, mmgcf.SEARCH, PAPERS["mmgcf"]),
 }
 

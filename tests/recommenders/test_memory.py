@@ -62,8 +62,13 @@ def test_the_estimate_is_within_a_factor_of_two_of_what_tensors_took(
     assert peak / 2 < result.memory.to_come_bytes < 2 * peak
 
 
-@pytest.mark.parametrize(("n_users", "batch_size"), [(2_000, 2048), (3_000, 256)], ids=["batch", "tables"])
-@pytest.mark.parametrize("name", ["lattice", "mgcn", "mmgcn", "mvgae"])
+@pytest.mark.parametrize(
+    ("name", "n_users", "batch_size"),
+    [
+        *((name, *sizes) for name in ("lattice", "mgcn", "mmgcn") for sizes in ((2_000, 2048), (3_000, 256))),
+        *((name, 1_000, 2048) for name in ("damrs", "mvgae")),
+    ],
+)
 def test_a_model_s_own_work_on_every_modality_is_in_the_estimate(
     name: str, n_users: int, batch_size: int
 ) -> None:

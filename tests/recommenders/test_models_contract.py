@@ -38,6 +38,7 @@ SMALL: dict[str, dict[str, int]] = {
     "selfcf": {"dim": 4},
     "pgl": {"dim": 4, "k": 4},
     "grcn": {"dim": 4, "content_dim": 3},
+    "damrs": {"dim": 4, "n_positives": 3},
     "dragon": {"dim": 4, "hidden_dim": 5, "k": 4},
     "dualgnn": {"dim": 4, "hidden_dim": 5},
     "lgmrec": {"dim": 4, "n_hyperedges": 3, "dropout": 0},
@@ -52,6 +53,7 @@ SMALL: dict[str, dict[str, int]] = {
     "freedom": {"dim": 4, "k": 4},
 }
 ONLY_RANKING: dict[str, dict[str, Setting]] = {
+    "damrs": {"denoise": False, "preference_weight": 0, "relation_weight": 0},
     "freedom": {"feature_weight": 0},
     "mmgcl": {"ssl_weight": 0},
     "mvgae": {"expert_weight": 0},

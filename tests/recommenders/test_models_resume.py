@@ -13,6 +13,7 @@ from tests.recommenders.trainings import FAST, KilledError, assert_same_state, r
 from tests.worlds import World, random_world
 
 DRAWING = {
+    "damrs": {"dim": 4, "n_positives": 3},
     "freedom": {"dim": 4, "k": 4, "edge_dropout": 0.5},
     "lattice": {"dim": 4, "feature_dim": 3, "k": 4},
     "mmgcn": {"dim": 4, "latent_dim": 3},
