@@ -5,19 +5,24 @@
 | `encoder.json` | format, family, what is needed to build it, what it was made from, digests of the others |
 | `model.safetensors` | its weights; a folder of sentence-transformers has some more, beside its modules |
 | the rest | tokenizer, word list, image processor, as its family reads them |
+
+An encoder with side networks has `inner`, a folder of the same kind for the frozen encoder, and what
+`features.encoders.saved_side` says.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import PIL
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
-from features.encoders import saved_layouts
+from features.encoders import saved_layouts, saved_side
 from features.encoders.base import Encoder, EncoderInfo, digest_file, digest_files, digest_json
 from features.encoders.clip_weights import count_numbers
+from features.encoders.side import SideEncoder
 from features.encoders.unit_length import UnitLengthEncoder, unit_length_info
 from features.errors import EncoderError
 from features.images import IMAGE_DECODING_VERSION
@@ -25,7 +30,10 @@ from features.texts import TEXT_CLEANING_VERSION
 
 FORMAT = 1
 ENCODER_FILE = "encoder.json"
+INNER_FOLDER = "inner"
+_WEIGHTS_SUFFIX = ".safetensors"
 _FAMILY = "saved:"
+_Settings = dict[str, JsonValue]
 
 
 class SavedEncoder(BaseModel, frozen=True, extra="forbid"):
@@ -33,7 +41,7 @@ class SavedEncoder(BaseModel, frozen=True, extra="forbid"):
 
     format: int
     name: str = Field(min_length=1, description="Short and fit for a file name.")
-    layout: saved_layouts.LayoutName
+    layout: saved_layouts.LayoutName | Literal["side"]
     settings: dict[str, JsonValue] = Field(description="From which the layout builds it.")
     unit_length: bool = Field(description="Whether its vectors are divided by their length.")
     base: EncoderInfo = Field(description="Of the encoder that was saved.")
@@ -64,7 +72,7 @@ def save_encoder(
         raise FileExistsError(f"{str(folder)!r} is not empty; an encoder is saved into a folder of its own.")
     inner = encoder.inner if isinstance(encoder, UnitLengthEncoder) else encoder
     folder.mkdir(parents=True, exist_ok=True)
-    layout, settings = saved_layouts.write(inner, folder)
+    layout, settings = _write(inner, folder)
     files = {
         path.relative_to(folder).as_posix(): digest_file(path)
         for path in sorted(folder.rglob("*"))
@@ -91,22 +99,14 @@ def describe_saved(spec: str) -> EncoderInfo:
         EncoderError: No such folder, or a file is missing or not as it was written.
     """
     folder, saved = read_saved(spec)
-    weights = [folder / name for name in saved.files if name.endswith(".safetensors")]
-    settings: dict[str, JsonValue] = {
-        "layout": saved.layout,
-        "library": saved_layouts.library(saved.layout),
-        "settings": saved.settings,
-        "files": {name: digest for name, digest in saved.files.items() if folder / name not in weights},
-        "decoder": {"pillow": PIL.__version__.split(".")[0], "version": IMAGE_DECODING_VERSION},
-        "text_cleaning": TEXT_CLEANING_VERSION,
-    }
+    weights = [folder / name for name in saved.files if name.endswith(_WEIGHTS_SUFFIX)]
     info = saved.base.model_copy(
         update={
             "spec": spec,
             "name": saved.name,
             "family": "saved",
             "weights_sha256": digest_files(weights),
-            "preprocessing_sha256": digest_json(settings),
+            "preprocessing_sha256": digest_json(_all_but_weights(folder, saved)),
             "n_parameters": sum(map(count_numbers, weights)),
         }
     )
@@ -123,7 +123,7 @@ def load_saved(spec: str) -> Encoder:
     """
     info = describe_saved(spec)
     folder, saved = read_saved(spec)
-    encoder = saved_layouts.read(saved.layout, folder, saved.settings, saved.base)
+    encoder = _read(folder, saved)
     encoder.info = info
     if saved.unit_length:
         encoder = UnitLengthEncoder(spec, encoder)
@@ -178,3 +178,37 @@ def copy_saved(source: Path, folder: Path) -> None:
     for name in (ENCODER_FILE, *saved.files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
+
+
+def _write(encoder: Encoder, folder: Path) -> tuple[saved_layouts.LayoutName | Literal["side"], _Settings]:
+    if not isinstance(encoder, SideEncoder):
+        return saved_layouts.write(encoder, folder)
+    save_encoder(encoder.inner, folder / INNER_FOLDER)
+    saved_side.write_sides(encoder, folder)
+    return "side", {}
+
+
+def _read(folder: Path, saved: SavedEncoder) -> Encoder:
+    if saved.layout != "side":
+        return saved_layouts.read(saved.layout, folder, saved.settings, saved.base)
+    return saved_side.read_sides(load_saved(f"{_FAMILY}{folder / INNER_FOLDER}"), folder)
+
+
+def _all_but_weights(folder: Path, saved: SavedEncoder) -> _Settings:
+    """What changes vectors beside the weights; what the encoder was made from and is called does not."""
+    if saved.layout == "side":
+        within, inner = read_saved(f"{_FAMILY}{folder / INNER_FOLDER}")
+        return {
+            "layout": saved.layout,
+            "inner": _all_but_weights(within, inner),
+            "inner_of_unit_length": inner.unit_length,
+            "side": saved.files[saved_side.SIDE_FILE],
+        }
+    return {
+        "layout": saved.layout,
+        "library": saved_layouts.library(saved.layout),
+        "settings": saved.settings,
+        "files": {name: digest for name, digest in saved.files.items() if not name.endswith(_WEIGHTS_SUFFIX)},
+        "decoder": {"pillow": PIL.__version__.split(".")[0], "version": IMAGE_DECODING_VERSION},
+        "text_cleaning": TEXT_CLEANING_VERSION,
+    }
