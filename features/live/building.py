@@ -16,9 +16,11 @@ from features.errors import FeatureError
 from features.images import ImageLimits
 from features.live.encoder import CatalogueEncoder
 from features.live.inputs import RowInputs
-from features.live.sources import UpperBlocks, VectorSource, WholeEncoder
+from features.live.pooled import StateType, keep_pooled
+from features.live.sources import SideStates, UpperBlocks, VectorSource, WholeEncoder
 from features.live.states import StateFile, StateWriter
 from features.tuning.modes import Tuned
+from features.tuning.side_mode import SideTuned
 from features.tuning.towers import Tower, tower_of
 
 Progress = Callable[[int, int], None]
@@ -36,6 +38,9 @@ class LiveConfig(BaseModel, frozen=True, extra="forbid"):
     keep_states: bool = Field(
         True, description="Whether states below the lowest trained block are computed once and kept on disk."
     )
+    side_states: StateType = Field(
+        "float16", description="Numbers in which a frozen encoder's states are kept for its side networks."
+    )
     pixel_cache_mb: NonNegativeInt = Field(
         16_384, description="Most disk space for decoded pictures; with too little each is decoded each time."
     )
@@ -45,7 +50,7 @@ class LiveConfig(BaseModel, frozen=True, extra="forbid"):
 
 @contextmanager
 def live_encoder(
-    tuned: Tuned,
+    tuned: Tuned | SideTuned,
     catalogue: Catalogue,
     modalities: Sequence[Modality],
     present: Mapping[str, Tensor],
@@ -58,7 +63,7 @@ def live_encoder(
     """Give the catalogue's rows as something to encode; what is kept on disk is removed at the end.
 
     Args:
-        tuned: An encoder that knows what of it is trained.
+        tuned: An encoder that knows what of it is trained. With side networks the frozen encoder runs once.
         catalogue: All items.
         modalities: Which are to be live: image, text or both.
         present: Modality -> (I,) bool, the rows that may be asked for.
@@ -79,21 +84,35 @@ def live_encoder(
                 raise FeatureError(
                     "fused vectors cannot be live, image and text can; let the recommender read these two."
                 )
+            side = tuned.encoder.side(modality) if isinstance(tuned, SideTuned) else None
+            runs_once = side is not None and config.keep_states
             inputs = RowInputs(
                 catalogue,
                 tuned.encoder,
                 modality,
                 text or TextConfig(),
                 cache_file=folder / f"pixels-{modality}.f16",
-                cache_mb=config.pixel_cache_mb,
+                cache_mb=0 if runs_once else config.pixel_cache_mb,
                 limits=config.limits,
                 n_workers=config.n_workers,
             )
             open_inputs.append(inputs)
-            start = _kept_blocks(tuned, modality) if config.keep_states else 0
-            if start:
+            rows = present[modality].nonzero().squeeze(1).cpu()
+            start = _kept_blocks(tuned, modality) if config.keep_states and isinstance(tuned, Tuned) else 0
+            if isinstance(tuned, SideTuned) and side is not None and runs_once:
+                kept = keep_pooled(
+                    tuned.encoder,
+                    modality,
+                    inputs,
+                    rows,
+                    folder=folder / f"states-{modality}",
+                    chunk=config.chunk,
+                    state_type=config.side_states,
+                    progress=progress,
+                )
+                sources[modality] = SideStates(side, kept, device)
+            elif start:
                 tower = tower_of(tuned.encoder, modality)
-                rows = present[modality].nonzero().squeeze(1).cpu()
                 states = keep_states(
                     tower,
                     inputs,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from features.encoders.base import Encoder
+from features.encoders.side import SideEncoder
 from features.errors import EncoderError
 from features.gradient_cache import Chunked, backward_through, chunked_forward
 from features.live.sources import VectorSource
@@ -91,16 +92,9 @@ class CatalogueEncoder:
         Shared is what both towers use, or neither, such as a temperature. An encoder that does not show a
         tower for each of its modalities is one part, ``encoder``.
         """
-        try:
-            towers = towers_of(self.tuned.encoder)
-        except EncoderError:
-            towers = {}
-        if not towers:
+        owners = _owners(self.tuned.encoder)
+        if not owners:
             return {"encoder": list(self.tuned.trainable.values())}
-        owners = {
-            modality: {id(value) for value in tower.parameters().values()}
-            for modality, tower in towers.items()
-        }
         found: dict[str, list[nn.Parameter]] = {}
         for parameter in self.tuned.trainable.values():
             names = [modality for modality, own in owners.items() if id(parameter) in own]
@@ -179,3 +173,14 @@ class CatalogueEncoder:
         """(0, E): the width is that of any row."""
         with torch.no_grad():
             return self.sources[modality].vectors(torch.zeros(1, dtype=torch.int64)).float()[:0]
+
+
+def _owners(encoder: Encoder) -> dict[str, set[int]]:
+    """Modality -> ids of the parameters that its vectors depend on; nothing where no towers are shown."""
+    if isinstance(encoder, SideEncoder):
+        return {modality: set(map(id, side.parameters())) for modality, side in encoder.sides.items()}
+    try:
+        towers = towers_of(encoder)
+    except EncoderError:
+        return {}
+    return {modality: set(map(id, tower.parameters().values())) for modality, tower in towers.items()}

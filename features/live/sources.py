@@ -8,8 +8,10 @@ from torch import Tensor
 from features.catalogue import Modality
 from features.encoders.base import Encoder
 from features.live.inputs import RowInputs
+from features.live.pooled import PooledFile
 from features.live.states import StateFile
-from features.tuning.towers import Tower
+from features.tuning.side import SideTower
+from features.tuning.towers import Tower, has_tower, tower_of
 
 
 class VectorSource(Protocol):
@@ -28,7 +30,9 @@ class WholeEncoder:
     """Through all of an encoder."""
 
     def __init__(self, encoder: Encoder, modality: Modality, inputs: RowInputs, device: torch.device) -> None:
-        self._encode = encoder.encode_images if modality == "image" else encoder.encode_texts
+        encode = encoder.encode_images if modality == "image" else encoder.encode_texts
+        # A tower computes the same, and may spare its last block what no vector is made of.
+        self._encode = tower_of(encoder, modality).vectors if has_tower(encoder, modality) else encode
         self._inputs, self._device = inputs, device
 
     def vectors(self, rows: Tensor) -> Tensor:
@@ -49,8 +53,24 @@ class UpperBlocks:
     def vectors(self, rows: Tensor) -> Tensor:
         """(R,) item rows -> (R, E) float32."""
         hidden = self._states.read(rows, self._device).trimmed()
-        return self._tower.head(self._tower.run(hidden, self._start))
+        return self._tower.finish(hidden, self._start)
 
     def length(self, row: int) -> int:
         """Tokens of a text."""
         return self._states.length(row)
+
+
+class SideStates:
+    """Through a side network alone, from kept states and vectors of the frozen encoder."""
+
+    def __init__(self, side: SideTower, kept: PooledFile, device: torch.device) -> None:
+        self._side, self._kept, self._device = side, kept, device
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """(R,) item rows -> (R, E) float32."""
+        vectors: Tensor = self._side(*self._kept.read(rows, self._device))
+        return vectors
+
+    def length(self, row: int) -> int:  # noqa: ARG002 - all inputs are of one size
+        """0."""
+        return 0

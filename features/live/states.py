@@ -61,12 +61,13 @@ class StateWriter:
     """Writes the states of a catalogue, batch by batch, in any order; rows never written stay zero.
 
     Args:
-        folder: Empty or new.
+        folder: Empty, new, or of an earlier run, which is overwritten.
         n_items: I.
     """
 
     def __init__(self, folder: Path, n_items: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / _HEAD).unlink(missing_ok=True)
         self.folder, self.n_items = folder, n_items
         self._open: list[np.memmap[tuple[int, ...], np.dtype[np.generic]]] = []
 
@@ -95,7 +96,7 @@ class StateWriter:
             kept[rows.cpu().numpy()] = tensor.cpu().numpy()
 
     def finish(self) -> StateFile:
-        """Close the files; the head is written last, so that folder without one is not whole."""
+        """Close the files; the head is written last, so that a folder without one is not whole."""
         for kept in self._open:
             kept.flush()
         self._open = []

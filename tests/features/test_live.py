@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -101,8 +102,8 @@ def test_only_blocks_above_the_kept_states_run_in_an_epoch(catalogue: Catalogue,
     tuned = prepare_tuning(encoder, MODES["last-n"])
     calls = {"first": 0, "last": 0}
     blocks = encoder.model.visual.transformer.resblocks
-    blocks[0].register_forward_hook(lambda *_: calls.update(first=calls["first"] + 1))
-    blocks[1].register_forward_hook(lambda *_: calls.update(last=calls["last"] + 1))
+    blocks[0].mlp.register_forward_hook(lambda *_: calls.update(first=calls["first"] + 1))
+    blocks[1].mlp.register_forward_hook(lambda *_: calls.update(last=calls["last"] + 1))
     seen: list[tuple[int, int]] = []
     with live_encoder(
         tuned,
@@ -192,11 +193,12 @@ def catalogue_encoder(encoder: Encoder, mode: str = "full") -> CatalogueEncoder:
 def test_parts_tell_towers_apart_and_leave_nothing_out() -> None:
     encoder = small_encoder(SMALL)
     live = catalogue_encoder(encoder)
+    model: Any = encoder.model
     parts = live.parts()
     assert set(parts) == {"image", "text", "shared"}
-    assert {id(value) for value in parts["image"]} == set(map(id, encoder.model.visual.parameters()))
-    assert [id(value) for value in parts["shared"]] == [id(encoder.model.logit_scale)]
-    assert any(value is encoder.model.token_embedding.weight for value in parts["text"])
+    assert {id(value) for value in parts["image"]} == set(map(id, model.visual.parameters()))
+    assert [id(value) for value in parts["shared"]] == [id(model.logit_scale)]
+    assert any(value is model.token_embedding.weight for value in parts["text"])
     everyone = [id(value) for part in parts.values() for value in part]
     assert sorted(everyone) == sorted(map(id, live.parameters()))
     assert len(everyone) == len(list(encoder.parameters()))
@@ -204,7 +206,7 @@ def test_parts_tell_towers_apart_and_leave_nothing_out() -> None:
 
 def test_parts_of_a_frozen_tower_and_of_shared_attention(tmp_path: Path) -> None:
     assert set(catalogue_encoder(small_encoder(SMALL), "locked image").parts()) == {"text", "shared"}
-    vlmo = ENCODERS["vlmo"](tmp_path)
+    vlmo: Any = ENCODERS["vlmo"](tmp_path)
     shared = catalogue_encoder(vlmo).parts()["shared"]
     assert any(value is vlmo.model.transformer.blocks[0].attn.qkv.weight for value in shared)
 
