@@ -114,6 +114,60 @@ def knockout(
 
 
 @app.command(rich_help_panel=WHOLE)
+def paradigms(
+    config: Annotated[Path, typer.Argument(help="YAML file of a study; docs/paradigms.md explains it.")],
+    out_file: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Also write answers and table as Markdown to this file."),
+    ] = None,
+    set_: SetOption = None,
+    prefect: PrefectOption = False,
+    store: StoreOption = DEFAULT_STORE,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Compare specific, pre-trained, fine-tuned and jointly trained encoders under the same recommenders.
+
+    Stopped or killed, the same command goes on with what is missing.
+
+    Examples: `tandem paradigms study.yaml -o table.md` ·
+    `tandem paradigms study.yaml --set 'paradigms=[pretrained, finetuned]' --set seeds='[0]'`
+    """
+    from pipeline.config import load_config
+    from pipeline.paradigms.config import ParadigmsConfig
+    from pipeline.paradigms.render import answer_lines, notes, to_json, to_markdown, to_table
+    from pipeline.paradigms.table import make_table, measure
+    from pipeline.paradigms.way import PlainParadigmStages, run_paradigms
+
+    out = Output(as_json=json)
+    opened = open_store(store, out)
+    wanted = load_config(config, ParadigmsConfig, set_ or [])
+    if prefect:
+        from flows.running import run_paradigms_with_prefect
+
+        result = run_paradigms_with_prefect(wanted, opened, force=force, reporter=out.reporter)
+    else:
+        stages = PlainParadigmStages(opened, out.reporter, force=force)
+        result = run_paradigms(wanted, stages, lambda stage: out.reporter.say(stage.line()))
+    assert result.comparison is not None  # noqa: S101 - a finished study has one
+    opened.name(wanted.name, result.comparison.artefact)
+    metric = wanted.comparison.metric
+    table = make_table([measure(one, metric) for one in result.contenders], wanted.comparison)
+    if out_file is not None:
+        out_file.write_text(to_markdown(table), encoding="utf-8")
+    n_reused = sum(stage.reused for stage in result.stages)
+    document = {
+        **to_json(table),
+        "comparison": result.comparison.artefact.ref,
+        "stages": len(result.stages),
+        "reused": n_reused,
+    }
+    out.show(document, to_table(table))
+    if not json:
+        out.show({}, "\n".join(["", *answer_lines(table), "", *notes(table)]))
+
+
+@app.command(rich_help_panel=WHOLE)
 def joint(
     dataset: Annotated[str, typer.Argument(help="Name, key or folder of a dataset artefact.")],
     encoder: Annotated[

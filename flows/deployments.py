@@ -56,10 +56,11 @@ SERVED = {
     "train-recommender": Served("flows.train_recommender", "train_recommender_flow", GPU, ("stage", "gpu")),
     "compare-features": Served("flows.compare_features", "compare_features_flow", CPU, ("stage",)),
     "joint-training": Served("flows.joint_training", "joint_training_flow", GPU, ("pipeline", "gpu")),
+    "paradigms": Served("flows.paradigms", "paradigms_flow", GPU, ("pipeline", "gpu")),
     "two-stage": Served("flows.two_stage", "two_stage_flow", GPU, ("pipeline", "gpu"), NIGHTLY),
 }
-"""Flow name -> how it is served. ``two-stage`` runs its stages as subflows inside its own process, so it
-holds the one place of the gpu queue itself and waits for nobody who would need it."""
+"""Flow name -> how it is served. Flows tagged ``pipeline`` run their stages as subflows inside their own
+process, so that each holds the one place of the gpu queue itself and waits for nobody who would need it."""
 
 
 async def deploy(client: PrefectClient, served: Sequence[Served], working_dir: Path) -> list[str]:

@@ -19,6 +19,8 @@ from pipeline.progress import SILENT, Reporter
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.joint_way import JointResult, JointWayConfig
+    from pipeline.paradigms.config import ParadigmsConfig
+    from pipeline.paradigms.way import ParadigmsResult
     from pipeline.store import Store
     from pipeline.two_stage import TwoStageResult
 
@@ -80,6 +82,30 @@ def run_joint_with_prefect(
 
         what = {"features": list(beside), "name": name, "store": store.url, "force": force}
         return value_of(joint_training_flow(dataset, config=config, **what, return_state=True))
+
+
+def run_paradigms_with_prefect(
+    config: ParadigmsConfig, store: Store, *, force: bool = False, reporter: Reporter = SILENT
+) -> ParadigmsResult:
+    """Run a study of paradigms as the flow ``paradigms`` in this process.
+
+    Args:
+        config: What is compared.
+        store: Where it is kept.
+        force: Make every artefact again.
+        reporter: Shown what the stages say, and each stage's line as it ends.
+
+    Returns:
+        What ``pipeline.paradigms.way.run_paradigms`` returns.
+
+    Raises:
+        PipelineError, FeatureError, RecommenderError: As the stages raise them.
+    """
+    with _ready(store, reporter):
+        from flows.paradigms import paradigms_flow  # noqa: PLC0415 - after the environment is set
+        from flows.tasks import value_of  # noqa: PLC0415
+
+        return value_of(paradigms_flow(config, store=store.url, force=force, return_state=True))
 
 
 @contextmanager

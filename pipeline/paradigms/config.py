@@ -224,10 +224,9 @@ def check_encoders(config: ParadigmsConfig, describe: Describe) -> None:
             for modality in ("image", "text") if needed == "fused" else (needed,):
                 hint = "set finetuning.objectives.image_text to 0 and co_purchase to 1"
                 _check_modality(spec, info, modality, hint)
-    for one in config.specific:
-        for modality, spec in one.encoders():
-            if spec != GIVEN:
-                _check_modality(spec, describe(spec), modality, "take another one")
+    for name, spec in (pair for one in config.specific for pair in one.encoders()):
+        if spec != GIVEN:
+            _check_modality(spec, describe(spec), name, "take another one")
     _check_names(config, describe)
 
 
