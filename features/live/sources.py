@@ -11,7 +11,7 @@ from features.live.inputs import RowInputs
 from features.live.pooled import PooledFile
 from features.live.states import StateFile
 from features.tuning.side import SideTower
-from features.tuning.towers import Tower
+from features.tuning.towers import Tower, has_tower, tower_of
 
 
 class VectorSource(Protocol):
@@ -30,7 +30,9 @@ class WholeEncoder:
     """Through all of an encoder."""
 
     def __init__(self, encoder: Encoder, modality: Modality, inputs: RowInputs, device: torch.device) -> None:
-        self._encode = encoder.encode_images if modality == "image" else encoder.encode_texts
+        encode = encoder.encode_images if modality == "image" else encoder.encode_texts
+        # A tower computes the same, and may spare its last block what no vector is made of.
+        self._encode = tower_of(encoder, modality).vectors if has_tower(encoder, modality) else encode
         self._inputs, self._device = inputs, device
 
     def vectors(self, rows: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class UpperBlocks:
     def vectors(self, rows: Tensor) -> Tensor:
         """(R,) item rows -> (R, E) float32."""
         hidden = self._states.read(rows, self._device).trimmed()
-        return self._tower.head(self._tower.run(hidden, self._start))
+        return self._tower.finish(hidden, self._start)
 
     def length(self, row: int) -> int:
         """Tokens of a text."""

@@ -31,6 +31,16 @@ class ClipVitTower(Tower):
         out: Tensor = self._visual.transformer.resblocks[number](states)
         return out
 
+    def finish(self, hidden: Hidden, start: int = 0) -> Tensor:
+        """The last block for the class token alone, where the vector is made of it."""
+        last = self.n_blocks - 1
+        block = self._visual.transformer.resblocks[last]
+        first = self._visual.pool_type == "tok" and self._visual.attn_pool is None
+        if start > last or not first or not _is_plain(block):
+            return super().finish(hidden, start)
+        below = self.run(hidden, start, last)
+        return self.head(below.with_states(_for_one_token(block, below.states, below.states[:, :1], None)))
+
     def head(self, hidden: Hidden) -> Tensor:
         """Pooling and final norm, in the tower's own order, then the projection."""
         vectors, _ = self._visual._pool(hidden.states)
@@ -130,6 +140,19 @@ class ClipTextTower(Tower):
         out: Tensor = self._text.transformer.resblocks[number](states, attn_mask=context)
         return out
 
+    def finish(self, hidden: Hidden, start: int = 0) -> Tensor:
+        """The last block for the pooled token alone."""
+        last = self.n_blocks - 1
+        block = self._text.transformer.resblocks[last]
+        if start > last or not _is_plain(block):
+            return super().finish(hidden, start)
+        below = self.run(hidden, start, last)
+        mask = self._context(below)
+        # (L, L) -> each row's own: what the pooled token may look at, for every head.
+        own = None if mask is None else mask[below.at].repeat_interleave(block.attn.num_heads, 0)[:, None]
+        states = _for_one_token(block, below.states, self.pooled(below)[:, None], own)
+        return self.head(Hidden(states, below.mask[:, :1], torch.zeros_like(below.at)))
+
     def head(self, hidden: Hidden) -> Tensor:
         """Final norm and projection of the pooled token."""
         vectors = self._text.ln_final(self.pooled(hidden))
@@ -152,6 +175,23 @@ class ClipTextTower(Tower):
     def head_parts(self) -> Sequence[Part]:
         """Final norm and projection."""
         return [self._text.ln_final, self._text.text_projection]
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether a block is open_clip's own, neither checkpointed nor opened for low-rank updates."""
+    from open_clip.transformer import ResidualAttentionBlock  # noqa: PLC0415 - seconds of imports
+
+    plain = type(block) is ResidualAttentionBlock and "forward" not in vars(block)
+    return plain and isinstance(block.attn, nn.MultiheadAttention) and block.attn.batch_first
+
+
+def _for_one_token(block: Any, states: Tensor, token: Tensor, mask: Tensor | None) -> Tensor:
+    """What a block makes of one token of each row, (B, 1, W), that looks at all of (B, L, W)."""
+    normed = block.ln_1(states)
+    looked = block.attention(q_x=block.ln_1(token), k_x=normed, v_x=normed, attn_mask=mask)
+    token = token + block.ls_1(looked)
+    out: Tensor = token + block.ls_2(block.mlp(block.ln_2(token)))
+    return out
 
 
 def clip_image_tower(encoder: ClipEncoder) -> Tower:

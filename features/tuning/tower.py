@@ -93,9 +93,17 @@ class Tower(ABC):
             states = self._block(number, states, context)
         return hidden.with_states(states)
 
+    def finish(self, hidden: Hidden, start: int = 0) -> Tensor:
+        """``head(run(hidden, start))``: the state before block ``start`` -> (B, D) float32.
+
+        Towers whose vector is made of one token spare the last block the others: it then costs their keys and
+        values only, a fifth of the block.
+        """
+        return self.head(self.run(hidden, start))
+
     def vectors(self, inputs: Tensor) -> Tensor:
         """(B, D) float32 of the inputs, through all blocks."""
-        return self.head(self.run(self.stem(inputs)))
+        return self.finish(self.stem(inputs))
 
     def pooled_states(self, inputs: Tensor) -> list[Tensor]:
         """(n_blocks + 1) times (B, W): `pooled` before block 0 and after each, as side adapters read them."""

@@ -148,6 +148,28 @@ def test_stem_blocks_and_head_are_the_encoder(name: str, tmp_path: Path) -> None
             torch.testing.assert_close(theirs[parameter] / scale, gradient / scale, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_finishing_from_any_block_is_running_the_rest_and_the_head(name: str, tmp_path: Path) -> None:
+    encoder = ENCODERS[name](tmp_path)
+    for modality, tower in towers_of(encoder).items():
+        hidden = tower.stem(inputs_of(encoder, modality))
+        for start in range(tower.n_blocks + 1):
+            below = tower.run(hidden, 0, start).detach()
+            results, gradients = [], []
+            for way in (lambda t, h, s: t.head(t.run(h, s)), lambda t, h, s: t.finish(h, s)):
+                encoder.zero_grad()
+                states = below.states.clone().requires_grad_()
+                out = way(tower, below.with_states(states), start)
+                (out * torch.linspace(-1, 1, out.shape[1])).sum().backward()
+                results.append(out.detach())
+                grads = {key: p.grad.clone() for key, p in encoder.named_parameters() if p.grad is not None}
+                gradients.append({**grads, "states": states.grad})
+            torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+            assert gradients[0].keys() == gradients[1].keys()
+            for key, value in gradients[0].items():
+                torch.testing.assert_close(gradients[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_blocks_share_no_parameter_and_pooled_states_have_the_stated_width(name: str, tmp_path: Path) -> None:
     encoder = ENCODERS[name](tmp_path)
