@@ -21,9 +21,12 @@ from pipeline.console import EXIT_USER_ERROR, run_app
 from pipeline.errors import ConfigError
 from pipeline.paradigms.config import ParadigmsConfig, check_encoders
 from pipeline.paradigms.costs import Costs, costs_of
+from pipeline.paradigms.once import OnceStages
 from pipeline.paradigms.render import answer_lines, notes, to_json, to_markdown
 from pipeline.paradigms.table import Measured, make_table, measure
 from pipeline.paradigms.way import Contender, Kind, ParadigmsResult, PlainParadigmStages, run_paradigms
+from pipeline.stages.extract_features import FeaturesConfig
+from pipeline.stages.result import StageResult
 from pipeline.stages.train_recommender import best_choice
 from pipeline.store import Store
 from recommenders.significance import holm
@@ -345,3 +348,20 @@ def test_the_command_refuses_in_words(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run_app(app, ["paradigms", str(path), "--store", str(tmp_path / "store")]) == EXIT_USER_ERROR
     assert "tfidf encodes text, not image" in capsys.readouterr().err
     assert run_app(app, ["paradigms", str(tmp_path / "no.yaml")]) == EXIT_USER_ERROR
+
+
+def test_what_is_asked_for_again_is_not_made_again_even_by_force() -> None:
+    asked: list[tuple[str, str]] = []
+
+    @dataclass(frozen=True)
+    class Counting(PlainParadigmStages):
+        def extract(self, dataset: str, config: FeaturesConfig) -> StageResult:
+            asked.append((dataset, config.encoder))
+            return StageResult(asked, reused=False)  # type: ignore[arg-type]
+
+    told: list[StageResult] = []
+    once = OnceStages(Counting(Store("memory://once"), force=True), told.append)
+    for dataset, encoder in (("a", "tiny"), ("a", "tiny"), ("a", "tfidf"), ("b", "tiny")):
+        once.extract(dataset, FeaturesConfig(encoder=encoder))
+    assert asked == [("a", "tiny"), ("a", "tfidf"), ("b", "tiny")]
+    assert len(told) == len(once.results) == 3
