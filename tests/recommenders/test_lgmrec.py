@@ -41,7 +41,7 @@ def test_noise_and_dropout_are_for_training_alone() -> None:
     calm = {float(model.eval().loss(batch, world.features).detach()) for _ in range(3)}
     drawn = {float(model.train().loss(batch, world.features).detach()) for _ in range(4)}
     assert len(calm) == 1
-    assert len(drawn) == 4  # by the noise alone
+    assert len(drawn) > 1  # by the noise alone; two of the losses may happen to be the same
     scores = [model.scorer(world.features)(torch.arange(7)) for _ in range(2)]
     assert torch.equal(*scores)
 

@@ -14,7 +14,7 @@ from recommenders.training import TrainingConfig, train
 from tests.recommenders.test_vbpr import chosen_by_content
 
 
-@pytest.mark.parametrize("name", ["freedom", "lattice", "mmgcl", "slmrec"])
+@pytest.mark.parametrize("name", ["freedom", "lattice", "mmgcf", "mmgcl", "slmrec"])
 def test_features_that_cause_the_choices_beat_random_features(name: str) -> None:
     world = chosen_by_content()
     noise = torch.from_numpy(np.random.default_rng(5).standard_normal((200, 16), dtype=np.float32))

@@ -58,7 +58,7 @@ def test_noise_and_dropout_are_for_training_alone(settings: dict[str, float]) ->
     world = tiny_world("image", "text")
     model, _ = both(world, **settings)
     assert len({float(model.eval().loss(BATCH, world.features).detach()) for _ in range(3)}) == 1
-    assert len({float(model.train().loss(BATCH, world.features).detach()) for _ in range(4)}) == 4
+    assert len({float(model.train().loss(BATCH, world.features).detach()) for _ in range(4)}) > 1
 
 
 def test_a_product_of_gaussians_trusts_the_one_that_is_sure() -> None:
