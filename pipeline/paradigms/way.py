@@ -118,7 +118,7 @@ def run_paradigms(
     once = OnceStages(stages, done)
     dataset = once.prepare(config.dataset)
     study = _Study(config, once, dataset.artefact)
-    contenders = [*study.floors(), *(row for one in study.named() for row in study.rows(*one))]
+    contenders = [*study.floors(), *(row for one in named_apart(config.readers) for row in study.rows(*one))]
     runs = [each.run.artefact.key for contender in contenders for each in contender.runs]
     compared = once.compare(runs, config.comparison)
     return ParadigmsResult(dataset, contenders, compared, once.results)
@@ -131,14 +131,6 @@ class _Study:
         self.config, self.stages, self.dataset = config, stages, dataset.key
         self.base = config.run_config()
 
-    def named(self) -> list[tuple[str, RecommenderConfig]]:
-        """The recommenders that read features, by a name that tells those of one model apart."""
-        models = [one.model for one in self.config.readers]
-        return [
-            (f"{one.model} ({number})" if models.count(one.model) > 1 else one.model, one)
-            for number, one in enumerate(self.config.readers, start=1)
-        ]
-
     def floors(self) -> list[Contender]:
         """Recommenders that read no features; and, as a control, popularity and content ItemKNN."""
         floors = [one for one in self.config.recommenders if not one.reads_features]
@@ -146,7 +138,7 @@ class _Study:
         if self.config.controls and "popularity" not in models:
             floors = [RecommenderConfig(model="popularity"), *floors]
         nothing = [Features()] * len(self.config.seeds)
-        rows = [Contender(one.model, "", "floor", self._train(one, nothing)) for one in floors]
+        rows = [Contender(name, "", "floor", self._train(one, nothing)) for name, one in named_apart(floors)]
         if self.config.controls and "itemknn_content" not in models:
             encoder = self.config.encoders[0]
             content = RecommenderConfig(model="itemknn_content")
@@ -264,6 +256,15 @@ class _Study:
             features = Features(tuple(made.features), made.encoder, tuple(made.start))
             runs.append(SeedRun(made.run, features, found))
         return tuple(runs)
+
+
+def named_apart(recommenders: Sequence[RecommenderConfig]) -> list[tuple[str, RecommenderConfig]]:
+    """Recommenders by a name that tells those of one model apart."""
+    models = [one.model for one in recommenders]
+    return [
+        (f"{one.model} ({number})" if models.count(one.model) > 1 else one.model, one)
+        for number, one in enumerate(recommenders, start=1)
+    ]
 
 
 def _with_choice(settings: RunSettings, found: StageResult | None) -> RunSettings:

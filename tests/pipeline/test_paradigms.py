@@ -24,7 +24,14 @@ from pipeline.paradigms.costs import Costs, costs_of
 from pipeline.paradigms.once import OnceStages
 from pipeline.paradigms.render import answer_lines, notes, to_json, to_markdown
 from pipeline.paradigms.table import Measured, make_table, measure
-from pipeline.paradigms.way import Contender, Kind, ParadigmsResult, PlainParadigmStages, run_paradigms
+from pipeline.paradigms.way import (
+    Contender,
+    Kind,
+    ParadigmsResult,
+    PlainParadigmStages,
+    named_apart,
+    run_paradigms,
+)
 from pipeline.stages.extract_features import FeaturesConfig
 from pipeline.stages.result import StageResult
 from pipeline.stages.train_recommender import best_choice
@@ -120,6 +127,15 @@ def test_encoders_that_cannot_go_through_it_are_refused_before_anything_is_made(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_encoders(study(**changes), describe_encoder)
+
+
+def test_recommenders_of_one_model_are_told_apart() -> None:
+    given = [{"model": "vbpr", "settings": {"dim": 4}}, {"model": "freedom"}, {"model": "vbpr"}]
+    assert [name for name, _ in named_apart(study(recommenders=given).readers)] == [
+        "vbpr (1)",
+        "freedom",
+        "vbpr (3)",
+    ]
 
 
 def row(kind: Kind, values: list[float], *, encoder: str = "clip", valid: float = 0.5) -> Measured:
