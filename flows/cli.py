@@ -175,7 +175,8 @@ def joint(
     ] = "tiny",
     model: Annotated[str, typer.Option(help="`tandem recommenders` lists them.")] = "freedom",
     mode: Annotated[
-        Literal["full", "last-n", "lora"], typer.Option(help="Which of the encoder's parameters are trained.")
+        Literal["full", "last-n", "lora", "side"],
+        typer.Option(help="Which of the encoder's parameters are trained; side: small networks beside it."),
     ] = "full",
     features: Annotated[
         list[str] | None,
@@ -201,7 +202,8 @@ def joint(
 
     out = Output(as_json=json)
     opened = open_store(store, out)
-    raw = {"encoder": encoder, "model": model, "seed": seed, "tuning": {"mode": mode}}
+    how = {"side": {}} if mode == "side" else {"tuning": {"mode": mode}}
+    raw = {"encoder": encoder, "model": model, "seed": seed, **how}
     wanted = parse_config(with_overrides(raw, set_ or []), JointWayConfig, "--set")
     say = out.reporter.say
     if prefect:

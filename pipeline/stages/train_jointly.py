@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import save_file
 
 from features.catalogue import Modality, TextConfig
 from features.live.building import LiveConfig, live_encoder
-from features.tuning.modes import TuningConfig, prepare_tuning
+from features.tuning.modes import Tuned, TuningConfig, prepare_tuning
+from features.tuning.side import SideConfig
+from features.tuning.side_mode import SideTuned, prepare_side
 from pipeline.device import choose_device
 from pipeline.encoder_specs import ResolvedEncoder, resolve_encoder, store_encoder
 from pipeline.errors import ConfigError
@@ -48,8 +50,20 @@ class JointSettings(RunSettings, frozen=True, extra="forbid"):
     model: str = Field("freedom", description="Name of the recommender, one that reads features.")
     encoder: str = Field("tiny", description="Specification of the encoder, as listed by `tandem encoders`.")
     tuning: TuningConfig = Field(default_factory=TuningConfig)
+    side: SideConfig | None = Field(
+        None, description="Train side networks on kept states instead, and leave the encoder as it is."
+    )
     live: LiveConfig = Field(default_factory=LiveConfig)
     joint: JointConfig = Field(default_factory=JointConfig)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> JointSettings:
+        if self.side is not None and self.tuning != TuningConfig():
+            raise ValueError(
+                "side and tuning are both given; side networks leave the encoder as it is, so that there is "
+                "nothing to tune; leave one of them out"
+            )
+        return self
 
     def run(self) -> RunSettings:
         """Return the recommender's settings alone."""
@@ -112,8 +126,14 @@ def train_encoder_jointly(
         identity={
             **run_identity(data, tables, config.run(), device),
             "encoder": {"weights": info.weights_sha256, "preprocessing": info.preprocessing_sha256},
-            "tuning": config.tuning.model_dump(mode="json"),
-            "live": config.live.model_dump(mode="json", include={"chunk", "precision", "keep_states"}),
+            **(
+                {"tuning": config.tuning.model_dump(mode="json")}
+                if config.side is None
+                else {"side": config.side.model_dump(mode="json")}
+            ),
+            "live": config.live.model_dump(
+                mode="json", include={"chunk", "precision", "keep_states", "side_states"}
+            ),
             "joint": config.joint.model_dump(mode="json"),
         },
         inputs=[
@@ -189,7 +209,11 @@ def _train(
     forget_peak_memory(device)
     started = time.perf_counter()
     encoder = chosen.load(device=device)
-    tuned = prepare_tuning(encoder, config.tuning, seed=config.seed)
+    tuned: Tuned | SideTuned
+    if config.side is None:
+        tuned = prepare_tuning(encoder, config.tuning, seed=config.seed)
+    else:
+        tuned = prepare_side(encoder, config.side, seed=config.seed)
     init_rng, training_rng = np.random.default_rng(config.seed).spawn(2)
     model = build_model(config.model, config.settings, pairs.train, table, init_rng).to(device)
     name = f"{config.model} with {encoder_label(chosen.spec, encoder.info)} seed {config.seed}"
@@ -227,7 +251,7 @@ def _train(
     seconds, peak = time.perf_counter() - started, peak_memory(device)
     store_encoder(
         draft,
-        encoder.cpu(),
+        tuned.encoder.cpu(),
         name=label,
         provenance={
             "made_by": "joint-training",

@@ -237,3 +237,24 @@ def test_a_recommender_that_reads_nothing_is_refused_in_words(
     made = run_app(app, ["joint", shop.dataset.key, "--store", shop.store.url, "--model", "bpr"])
     assert made == EXIT_USER_ERROR
     assert "bpr" in capsys.readouterr().err
+
+
+def test_side_networks_train_while_the_encoder_stays(tmp_path: Path, shop: Shop) -> None:
+    config = way(side={"adapter_width": 8}, modalities=["text"])
+    made = run_joint(config, PlainJointStages(shop.store), shop.dataset.key)
+    assert made.encoder is not None
+    assert made.run is not None
+    encoder = resolve_encoder(shop.store, stored_spec(made.encoder.artefact)).load()
+    plain = load_encoder("tiny")
+    inner = {name: value for name, value in encoder.state_dict().items() if name.startswith("inner.")}
+    assert inner.keys() == {f"inner.{name}" for name in plain.state_dict()}
+    assert all(torch.equal(value, inner[f"inner.{name}"]) for name, value in plain.state_dict().items())
+    assert made.encoder.artefact.key != shop.encoder.key
+    texts = ["red shoes", "a blue bag"]
+    with torch.no_grad():
+        found, before = (each.encode_texts(each.tokenize(texts)) for each in (encoder, plain))
+    assert torch.allclose(found, before, rtol=1e-5, atol=1e-5) == (
+        made.encoder.artefact.manifest.facts["best_epoch"] == 1
+    )
+    with pytest.raises(ConfigError, match="side and tuning are both given"):
+        way(side={}, tuning={"mode": "lora"})
