@@ -15,7 +15,7 @@ minutes on a few cores; a million rows take hours."""
 _BLOCK_NUMBERS = 1 << 25
 """Similarities held at once while neighbours are searched: 2^25 float32 are 128 MiB."""
 _TRAINED_ROWS_PER_LIST = 64
-_SHARE_SEARCHED = 64
+_SHARE_SEARCHED = 128
 """One in how many lists is searched for a query, at least 16 of them."""
 _QUERIES = 16_384
 """Rows searched for at once."""
