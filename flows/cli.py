@@ -202,7 +202,7 @@ def joint(
 
     out = Output(as_json=json)
     opened = open_store(store, out)
-    how = {"side": {}} if mode == "side" else {"tuning": {"mode": mode}}
+    how = {"trained": "side"} if mode == "side" else {"tuning": {"mode": mode}}
     raw = {"encoder": encoder, "model": model, "seed": seed, **how}
     wanted = parse_config(with_overrides(raw, set_ or []), JointWayConfig, "--set")
     say = out.reporter.say

@@ -120,7 +120,9 @@ def measure_joint(
             "feature_set": label,
             "dataset": data.key,
             "split_fingerprint": data.manifest.facts["split_fingerprint"],
-            "joint": {name: shown[name] for name in ("encoder", "tuning", "side", "live", "joint")},
+            "joint": {
+                name: shown[name] for name in ("encoder", "trained", "tuning", "side", "live", "joint")
+            },
         },
         make=make,
         force=force,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from safetensors.torch import save_file
 
 from features.catalogue import Modality, TextConfig
@@ -50,20 +50,14 @@ class JointSettings(RunSettings, frozen=True, extra="forbid"):
     model: str = Field("freedom", description="Name of the recommender, one that reads features.")
     encoder: str = Field("tiny", description="Specification of the encoder, as listed by `tandem encoders`.")
     tuning: TuningConfig = Field(default_factory=TuningConfig)
-    side: SideConfig | None = Field(
-        None, description="Train side networks on kept states instead, and leave the encoder as it is."
+    side: SideConfig = Field(default_factory=SideConfig)
+    trained: Literal["encoder", "side"] = Field(
+        "encoder",
+        description="encoder: the encoder, as `tuning` says; side: networks on its kept states, as `side` "
+        "says, while it stays as it is.",
     )
     live: LiveConfig = Field(default_factory=LiveConfig)
     joint: JointConfig = Field(default_factory=JointConfig)
-
-    @model_validator(mode="after")
-    def _one_way(self) -> JointSettings:
-        if self.side is not None and self.tuning != TuningConfig():
-            raise ValueError(
-                "side and tuning are both given; side networks leave the encoder as it is, so that there is "
-                "nothing to tune; leave one of them out"
-            )
-        return self
 
     def run(self) -> RunSettings:
         """Return the recommender's settings alone."""
@@ -128,7 +122,7 @@ def train_encoder_jointly(
             "encoder": {"weights": info.weights_sha256, "preprocessing": info.preprocessing_sha256},
             **(
                 {"tuning": config.tuning.model_dump(mode="json")}
-                if config.side is None
+                if config.trained == "encoder"
                 else {"side": config.side.model_dump(mode="json")}
             ),
             "live": config.live.model_dump(
@@ -210,7 +204,7 @@ def _train(
     started = time.perf_counter()
     encoder = chosen.load(device=device)
     tuned: Tuned | SideTuned
-    if config.side is None:
+    if config.trained == "encoder":
         tuned = prepare_tuning(encoder, config.tuning, seed=config.seed)
     else:
         tuned = prepare_side(encoder, config.side, seed=config.seed)

@@ -240,7 +240,7 @@ def test_a_recommender_that_reads_nothing_is_refused_in_words(
 
 
 def test_side_networks_train_while_the_encoder_stays(tmp_path: Path, shop: Shop) -> None:
-    config = way(side={"adapter_width": 8}, modalities=["text"])
+    config = way(trained="side", side={"adapter_width": 8}, modalities=["text"])
     made = run_joint(config, PlainJointStages(shop.store), shop.dataset.key)
     assert made.encoder is not None
     assert made.run is not None
@@ -256,5 +256,3 @@ def test_side_networks_train_while_the_encoder_stays(tmp_path: Path, shop: Shop)
     assert torch.allclose(found, before, rtol=1e-5, atol=1e-5) == (
         made.encoder.artefact.manifest.facts["best_epoch"] == 1
     )
-    with pytest.raises(ConfigError, match="side and tuning are both given"):
-        way(side={}, tuning={"mode": "lora"})
