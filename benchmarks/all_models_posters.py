@@ -21,6 +21,7 @@ from rich.console import Console
 
 from benchmarks.minilm_posters import minilm_folder
 from benchmarks.movielens_posters import DEFAULT_DATA
+from pipeline.comparison.config import ComparisonConfig
 from pipeline.comparison.render import to_terminal
 from pipeline.config import RunConfig, parse_config, with_overrides
 from pipeline.console import run_app
@@ -60,7 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     found = [each for each in found if each.how != "constant"]  # no floor, and as long to train as the rest
     floors = tuple(each.feature_set for each in found)
     # The same feature sets in both tables: as floors in the first.
-    knocked = knocked.model_copy(update={"feature_sets": (*config.feature_sets, *floors)})
+    # Rows of models that read no features are not in the second, the reference among them.
+    alone = config.comparison.model_copy(update={"reference": ComparisonConfig().reference})
+    sets = (*config.feature_sets, *floors)
+    knocked = knocked.model_copy(update={"feature_sets": sets, "comparison": alone})
     whole = config.model_copy(update={"feature_sets": knocked.feature_sets})
     result = run_two_stage(whole, stages, lambda stage: reporter.say(stage.line()))
     without = run_two_stage(knocked, stages, lambda stage: reporter.say(stage.line()))
