@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -135,22 +135,25 @@ def make_table(measured: Sequence[Measured], config: ComparisonConfig) -> Paradi
         _sides(measured, "finetuned", "pretrained"),
         _sides(measured, "joint", "pretrained"),
     ]
-    of_questions = {
-        question: _compare(_mean(found, 0), _mean(found, 1), config, question)
-        for question, found in zip(QUESTIONS, asked, strict=True)
-        if found
-    }
+    of_questions: dict[str, PairedComparison] = {}
+    stands_for: dict[str, str] = {}
+    for question, found in zip(QUESTIONS, asked, strict=True):
+        if len(found) == 1:  # the row's own test answers it, and is no second one
+            stands_for[question] = next(one.label for one in found[0] if one.label in tested)
+        elif found:
+            of_questions[question] = _compare(_mean(found, 0), _mean(found, 1), config, question)
     every = {**tested, **of_questions}
     p_values = dict(zip(every, holm([one.sign_flip.p_value for one in every.values()]), strict=True))
     rows = [
         Row(one, other, tested.get(one.label), float(p_values.get(one.label, np.nan))) for one, other in pairs
     ]
-    answers = [
-        _answer(
-            question, found, of_questions.get(question), float(p_values.get(question, np.nan)), config.alpha
-        )
-        for question, found in zip(QUESTIONS, asked, strict=True)
-    ]
+    answers = []
+    for question, found in zip(QUESTIONS, asked, strict=True):
+        name = stands_for.get(question, question)
+        result = every.get(name)
+        if result is not None and question in stands_for and found[0][1].label == name:
+            result = _turned(result)
+        answers.append(_answer(question, found, result, float(p_values.get(name, np.nan)), config.alpha))
     return ParadigmsTable(config, rows, answers)
 
 
@@ -196,6 +199,20 @@ def _compare(a: PerUser, b: PerUser, config: ComparisonConfig, label: str) -> Pa
         n_permutations=config.n_permutations,
         n_resamples=config.n_resamples,
         level=config.level,
+    )
+
+
+def _turned(result: PairedComparison) -> PairedComparison:
+    """The same test from the other side."""
+    difference = result.difference
+    turned = replace(difference, mean=-difference.mean, low=-difference.high, high=-difference.low)
+    return replace(
+        result,
+        mean_a=result.mean_b,
+        mean_b=result.mean_a,
+        difference=turned,
+        n_better=result.n_worse,
+        n_worse=result.n_better,
     )
 
 

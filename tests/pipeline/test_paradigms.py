@@ -172,10 +172,26 @@ def test_the_arithmetic_of_the_table() -> None:
     assert (better.verdict, better.n_better, better.n_rows) == ("yes", 2, 2)
     assert (helps.verdict, helps.n_better, helps.n_rows) == ("not separated", 0, 1)
     assert end_to_end.result.difference.mean == pytest.approx(-0.5)
-    tests = [*(one for one in table.rows if one.result is not None), *table.answers]
-    assert len(tests) == 7
+    # Two questions have one pair of rows each, whose test answers them and counts once.
+    assert helps.result is rows["clip", "finetuned"].result
+    tests = [*(one for one in table.rows if one.result is not None), better]
+    assert len(tests) == 5
     adjusted = holm([one.result.sign_flip.p_value for one in tests])
     assert [one.p_holm for one in tests] == pytest.approx(adjusted.tolist())
+    assert end_to_end.p_holm == rows["weak", "joint"].p_holm
+
+
+def test_one_specific_row_answers_its_question_from_the_other_side() -> None:
+    specific = row("specific", [0.0] * 8 + [1.0] * 4, encoder="resnet")
+    table = make_table([specific, row("pretrained", [1.0] * 12)], ComparisonConfig(n_permutations=5000))
+    of_row, answer = table.rows[0], table.answers[0]
+    assert of_row.result.difference.mean == pytest.approx(-8 / 12)
+    assert (answer.verdict, answer.p_holm) == ("yes", of_row.p_holm)
+    shown, turned = of_row.result, answer.result
+    assert (turned.mean_a, turned.mean_b) == (shown.mean_b, shown.mean_a)
+    assert turned.difference.low == -shown.difference.high
+    assert turned.difference.high == -shown.difference.low
+    assert (turned.n_better, turned.n_worse) == (8, 0)
 
 
 def test_a_paradigm_that_does_worse_is_a_no_and_one_that_is_not_there_was_not_asked() -> None:
