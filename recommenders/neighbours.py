@@ -1,4 +1,4 @@
-"""Each item's nearest items by cosine: exact up to a size, by an index beyond it; never I x I."""
+"""Each item's nearest items by cosine: exact up to a size, by an inverted file beyond it; never I x I."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ minutes on a few cores; a million rows take hours."""
 _BLOCK_NUMBERS = 1 << 25
 """Similarities held at once while neighbours are searched: 2^25 float32 are 128 MiB."""
 _TRAINED_ROWS_PER_LIST = 64
-_SHARE_SEARCHED = 128
-"""One in how many lists is searched for a query, at least 16 of them."""
-_QUERIES = 16_384
-"""Rows searched for at once."""
+_ROUNDS = 8
+"""Of k-means; lists need not be the best."""
+_SHARE_SEARCHED, _LEAST_SEARCHED = 128, 16
+"""One in how many lists is searched for the rows of a list, and the fewest."""
 
 
 @torch.no_grad()
@@ -28,8 +28,8 @@ def cosine_neighbours(
     """Find each row's k nearest other rows by cosine, in I x k memory and one block of scores.
 
     A row of zeros has cosine 0 with every row. Which of several equally similar rows make the list is not
-    defined, but the same in each run. Above ``exact_up_to`` rows an inverted-file index of FAISS searches the
-    lists nearest to each row, so that some neighbours are missed and others stand in for them.
+    defined, but the same in each run. Above ``exact_up_to`` rows only the members of near lists of an
+    inverted file are compared, so that some neighbours are missed and others stand in for them.
 
     Args:
         vectors: (I, F) floats.
@@ -43,7 +43,7 @@ def cosine_neighbours(
     """
     k = min(k, max(len(vectors) - 1, 0))
     if len(vectors) > exact_up_to and k:
-        return _by_index(vectors, k)
+        return _by_lists(vectors, k)
     n_items = len(vectors)
     block_rows = block_rows or _rows_at_once(n_items)
     unit = normalize(vectors.float(), dim=1)
@@ -72,49 +72,60 @@ def _rows_at_once(n_items: int) -> int:
     return max(1, _BLOCK_NUMBERS // max(n_items, 1))
 
 
-def _by_index(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Neighbours by FAISS's IVF on the CPU, its lists made by k-means on a seeded sample of the rows."""
+def _by_lists(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Neighbours among the members of near lists, which k-means makes of a seeded sample of the rows.
+
+    An inverted file, read list by list: the members of one list share their candidates, so that each block is
+    one matrix product, where queries answered one by one would read all candidates anew.
+
+    Source: Jegou, Douze and Schmid, "Product quantization for nearest neighbor search", TPAMI 2011, sec. 4.
+    """
+    unit = normalize(vectors.float(), dim=1)
+    n_items = len(unit)
+    n_lists = max(1, min(int(4 * math.sqrt(n_items)), n_items // _TRAINED_ROWS_PER_LIST))
+    centroids = _centroids(unit, n_lists)
+    step = max(1, _BLOCK_NUMBERS // n_lists)
+    blocks = [unit[start : start + step] @ centroids.T for start in range(0, n_items, step)]
+    list_of = torch.cat([block.argmax(dim=1) for block in blocks])
+    del blocks
+    members = torch.argsort(list_of, stable=True)
+    sizes = torch.bincount(list_of, minlength=n_lists)
+    starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).tolist()
+    neighbours = torch.empty((n_items, k), dtype=torch.int64, device=vectors.device)
+    similarities = torch.empty((n_items, k), device=vectors.device)
+    n_near = min(n_lists, max(_LEAST_SEARCHED, n_lists // _SHARE_SEARCHED))
+    for number in range(n_lists):
+        own = members[starts[number] : starts[number + 1]]
+        if not len(own):
+            continue
+        nearest = torch.argsort(centroids @ centroids[number], descending=True)
+        # As many lists as it takes for every row to have k others.
+        enough = int((sizes[nearest].cumsum(0) <= k).sum()) + 1
+        near = nearest[: max(n_near, enough)].tolist()
+        candidates = torch.cat([members[starts[each] : starts[each + 1]] for each in near])
+        table = unit[candidates]
+        for rows in own.split(max(1, _BLOCK_NUMBERS // len(candidates))):  # type: ignore[no-untyped-call]
+            scores = unit[rows] @ table.T
+            scores[candidates == rows[:, None]] = -torch.inf
+            best, places = torch.topk(scores, k, dim=1)
+            neighbours[rows], similarities[rows] = candidates[places], best
+    return neighbours, similarities
+
+
+def _centroids(unit: Tensor, n_lists: int) -> Tensor:
+    """(L, F) centres of spherical k-means by FAISS."""
     import faiss  # noqa: PLC0415 - only large catalogues need it
 
-    unit = normalize(vectors.float().cpu(), dim=1).numpy()
-    n_items, width = unit.shape
-    n_lists = max(1, min(int(4 * math.sqrt(n_items)), n_items // _TRAINED_ROWS_PER_LIST))
-    centroids = faiss.IndexFlatIP(width)
-    index = faiss.IndexIVFFlat(centroids, width, n_lists, faiss.METRIC_INNER_PRODUCT)
-    sample = np.random.default_rng(0).permutation(n_items)[: n_lists * _TRAINED_ROWS_PER_LIST]
-    index.train(unit[np.sort(sample)])
-    index.add(unit)
-    index.nprobe = min(n_lists, max(16, n_lists // _SHARE_SEARCHED))
-    neighbours = np.empty((n_items, k), np.int64)
-    similarities = np.empty((n_items, k), np.float32)
-    for start in range(0, n_items, _QUERIES):
-        stop = min(start + _QUERIES, n_items)
-        scores, rows = index.search(unit[start:stop], k + 1)
-        # The row itself goes to the end, wherever equal vectors put it; and so do places without a row.
-        drop = (rows == np.arange(start, stop)[:, None]) | (rows < 0)
-        order = np.argsort(drop, axis=1, kind="stable")[:, :k]
-        neighbours[start:stop] = np.take_along_axis(rows, order, axis=1)
-        similarities[start:stop] = np.take_along_axis(scores, order, axis=1)
-        _fill(neighbours[start:stop], similarities[start:stop], start, unit)
-    device = vectors.device
-    return torch.from_numpy(neighbours).to(device), torch.from_numpy(similarities).to(device)
-
-
-def _fill(
-    neighbours: np.ndarray[tuple[int, int], np.dtype[np.int64]],
-    similarities: np.ndarray[tuple[int, int], np.dtype[np.float32]],
-    start: int,
-    unit: np.ndarray[tuple[int, int], np.dtype[np.float32]],
-) -> None:
-    """Give rows whose lists held too few others the next rows of the catalogue, with their true cosine."""
-    n_items, k = len(unit), neighbours.shape[1]
-    own = np.arange(start, start + len(neighbours))
-    wrong = (neighbours < 0) | (neighbours == own[:, None])
-    for row in np.flatnonzero(wrong.any(axis=1)):
-        found = neighbours[row][~wrong[row]]
-        others = (own[row] + 1 + np.arange(min(2 * k + 1, n_items - 1))) % n_items
-        more = others[~np.isin(others, found)][: k - len(found)]
-        rows = np.concatenate([found, more])
-        scores = unit[rows] @ unit[own[row]]
-        order = np.argsort(-scores, kind="stable")
-        neighbours[row], similarities[row] = rows[order], scores[order]
+    sample = np.random.default_rng(0).permutation(len(unit))[: n_lists * _TRAINED_ROWS_PER_LIST]
+    rows = unit[torch.from_numpy(np.sort(sample)).to(unit.device)].cpu().numpy()
+    kmeans = faiss.Kmeans(
+        unit.shape[1],
+        n_lists,
+        niter=_ROUNDS,
+        spherical=True,
+        seed=0,
+        min_points_per_centroid=1,
+        max_points_per_centroid=_TRAINED_ROWS_PER_LIST,
+    )
+    kmeans.train(rows)
+    return torch.from_numpy(kmeans.centroids).to(unit.device)
