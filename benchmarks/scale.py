@@ -69,6 +69,7 @@ def measure_one(n_items: int) -> dict[str, object]:
             model = build_model(name, {"dim": DIM, "n_layers": 2}, training, table, np.random.default_rng(0))
             if name == "freedom":  # nearly all of it is the search for neighbours
                 seconds["graph"], peaks["graph"] = time.perf_counter() - started, memory.peak
+                _tell(n_items, "graph", seconds)
             memory.peak = 0
             # One pair is validated after the only epoch, which costs nothing beside it.
             one = Interactions(held.user_rows[:1], held.item_rows[:1], held.n_users, held.n_items)
@@ -79,6 +80,7 @@ def measure_one(n_items: int) -> dict[str, object]:
                 trained.seconds[phase] for phase in ("sampling", "forward", "backward")
             )
             peaks[f"{name} epoch"] = memory.peak
+            _tell(n_items, f"{name} epoch", seconds)
         memory.peak = 0
         model.eval()
         started = time.perf_counter()
@@ -93,6 +95,11 @@ def measure_one(n_items: int) -> dict[str, object]:
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_gb": {name: round(value / 1e9, 2) for name, value in peaks.items()},
     }
+
+
+def _tell(n_items: int, phase: str, seconds: dict[str, float]) -> None:
+    """Say how far it is, as a million items take a while."""
+    print(f"{n_items:,} items: {phase} {seconds[phase]:.1f} s", file=sys.stderr, flush=True)
 
 
 def slopes(rows: list[dict[str, dict[str, float]]]) -> dict[str, float]:
@@ -122,9 +129,9 @@ def main() -> int:
     rows = []
     for n_items in options.items:
         command = [sys.executable, "-m", "benchmarks.scale", "--one", "--items", str(n_items)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            print(f"{n_items} items failed:\n{done.stderr}", file=sys.stderr)
+            print(f"{n_items:,} items failed; the reason is above.", file=sys.stderr)
             return 1
         rows.append(json.loads(done.stdout))
         print(_line(rows[-1]), file=sys.stderr)
