@@ -85,9 +85,8 @@ def _by_lists(vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n_lists = max(1, min(int(4 * math.sqrt(n_items)), n_items // _TRAINED_ROWS_PER_LIST))
     centroids = _centroids(unit, n_lists)
     step = max(1, _BLOCK_NUMBERS // n_lists)
-    blocks = [unit[start : start + step] @ centroids.T for start in range(0, n_items, step)]
-    list_of = torch.cat([block.argmax(dim=1) for block in blocks])
-    del blocks
+    starts_of = range(0, n_items, step)
+    list_of = torch.cat([(unit[start : start + step] @ centroids.T).argmax(dim=1) for start in starts_of])
     members = torch.argsort(list_of, stable=True)
     sizes = torch.bincount(list_of, minlength=n_lists)
     starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).tolist()
