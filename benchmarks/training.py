@@ -3,29 +3,40 @@
 Each model trains in a process of its own, on the Amazon Baby split where that folder is there, else on random
 pairs of its size, with random features of 512 (image) and 384 (text) numbers: speed does not depend on their
 values. Batches of 2,048, embeddings of 64 numbers, two threads. One epoch warms up, the fastest of the next
-ones counts. The bound is what an epoch must move through memory whatever the code does, at the bandwidth
-measured in the same process: Adam reads a parameter, its gradient and two moments and writes three of them, a
-step; and a graph layer gathers one embedding an edge, forward and backward.
+ones counts. The bound is what an epoch takes whatever the code does, at the speeds measured in the same
+process. In bytes: Adam reads a parameter, its gradient and two moments and writes three of them, a step; and
+a graph layer gathers one embedding an edge, forward and backward. In FLOPs: the dense products of one step
+and of its backward pass, counted as they run.
+
+With --beside, MMRec's own code takes its turn after each of ours that it has too, on the same pairs and
+features, with the same batch, length of embeddings and layers, in the same run.
 
 Examples: python -m benchmarks.training
           python -m benchmarks.training --models lightgcn freedom --epochs 5
+          python -m benchmarks.training --beside MMRec --beside-python MMRec/.venv/bin/python
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import PeakMemory, machine, report
 from recommenders.evaluation import EvaluationConfig, evaluate
 from recommenders.feature_input import FeatureTable
 from recommenders.interactions import Interactions
-from recommenders.models.registry import MODELS, build_model
+from recommenders.models.base import Recommender
+from recommenders.models.registry import MODELS, Setting, build_model
+from recommenders.sampling import TrainingPairs
 from recommenders.training import TrainingConfig, train
 
 BABY = Path(__file__).resolve().parents[2] / "shared" / "data" / "amazon-baby" / "5-core"
@@ -34,18 +45,22 @@ WIDTHS = {"image": 512, "text": 384}
 DIM, BATCH_SIZE = 64, 2048
 _FLOAT_BYTES = 4
 _ADAM_TRANSFERS = 7
-TOOLKIT_S = {
-    "bpr": 0.9,
-    "vbpr": 2.0,
-    "lightgcn": 4.5,
-    "freedom": 5.0,
-    "bm3": 6.5,
-    "mgcn": 12.5,
-    "lattice": 23.0,
-    "slmrec": 21.0,
-    "mmgcn": 84.0,
+
+
+SAME: dict[str, dict[str, Setting]] = {"lightgcn": {"n_layers": 2}}
+"""Settings beside the defaults, so that both sides do the same."""
+BESIDE: dict[str, tuple[str, dict[str, object]]] = {
+    "bpr": ("BPR", {}),
+    "vbpr": ("VBPR", {}),
+    "lightgcn": ("LightGCN", {"n_layers": 2}),
+    "freedom": ("FREEDOM", {}),
+    "bm3": ("BM3", {"n_layers": 1}),
+    "mgcn": ("MGCN", {}),
+    "lattice": ("LATTICE", {}),
+    "slmrec": ("SLMRec", {}),
+    "mmgcn": ("MMGCN", {"n_layers": 2}),
 }
-"""Seconds an epoch that a well-known toolkit took on such a machine, for orientation."""
+"""Our name -> the other side's, and its settings."""
 
 
 def baby(part: str) -> Interactions:
@@ -62,6 +77,12 @@ def baby(part: str) -> Interactions:
     return Interactions(pairs[:, 0], pairs[:, 1], N_USERS, N_ITEMS)
 
 
+def random_features() -> dict[str, NDArray[np.float32]]:
+    """Vectors for all items, modality by modality."""
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal((N_ITEMS, width), np.float32) for name, width in WIDTHS.items()}
+
+
 def bandwidth() -> float:
     """Bytes a second that both threads read and write, copying 400 MB."""
     source, target = torch.rand(100_000_000), torch.empty(100_000_000)
@@ -73,20 +94,39 @@ def bandwidth() -> float:
     return 2 * source.numel() * _FLOAT_BYTES / best
 
 
+def arithmetic() -> float:
+    """FLOPs a second of both threads in a large product of float32 matrices."""
+    left, right = torch.rand(2048, 2048), torch.rand(2048, 2048)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def flops_of_step(model: Recommender, pairs: Interactions, features: FeatureTable) -> int:
+    """FLOPs of the dense products of one batch's loss and its backward pass."""
+    if not model.is_trainable:
+        return 0
+    model.train()
+    model.start_epoch(features)
+    batch = next(TrainingPairs(pairs).epoch(BATCH_SIZE, 1, torch.Generator().manual_seed(0)))
+    with FlopCounterMode(display=False) as counter:
+        model.loss(batch, features).backward()  # type: ignore[no-untyped-call] # torch leaves it without types
+    return int(counter.get_total_flops())
+
+
 def measure_one(name: str, epochs: int) -> dict[str, object]:
     """One model in this process."""
     torch.set_num_threads(2)
-    speed = bandwidth()
+    speed, peak_flops = bandwidth(), arithmetic()
     pairs, valid = baby("train"), baby("val")
     entry = MODELS[name]
-    rng = np.random.default_rng(0)
-    vectors = {
-        modality: torch.from_numpy(rng.standard_normal((N_ITEMS, width), np.float32))
-        for modality, width in WIDTHS.items()
-    }
+    vectors = {modality: torch.from_numpy(values) for modality, values in random_features().items()}
     present = {modality: torch.ones(N_ITEMS, dtype=torch.bool) for modality in WIDTHS}
     features = FeatureTable(vectors, present) if entry.model.needs_features else FeatureTable()
-    settings = {"dim": DIM} if "dim" in entry.config.model_fields else {}
+    settings = ({"dim": DIM} if "dim" in entry.config.model_fields else {}) | SAME.get(name, {})
     with PeakMemory(interval_s=0.02) as memory:
         start = time.perf_counter()
         model = build_model(name, settings, pairs, features, np.random.default_rng(0))
@@ -102,6 +142,7 @@ def measure_one(name: str, epochs: int) -> dict[str, object]:
             start = time.perf_counter()
             evaluate(model.scorer(features), valid, pairs, evaluation)
             evaluated = time.perf_counter() - start
+    flops = flops_of_step(model, pairs, features)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     steps = -(-len(pairs.user_rows) // BATCH_SIZE)
     layers = getattr(getattr(model, "config", None), "n_layers", 0)
@@ -110,12 +151,45 @@ def measure_one(name: str, epochs: int) -> dict[str, object]:
     return {
         "model": name,
         "epoch_s": round(min(seconds), 3) if seconds else None,
-        "bound_s": round(moved / speed, 3) if seconds else None,
+        "bytes_s": round(moved / speed, 3) if seconds else None,
+        "flops_s": round(steps * flops / peak_flops, 3) if seconds else None,
         "evaluation_s": round(evaluated, 3),
         "build_s": round(built, 3),
         "memory_mb": round(memory.peak / 1e6),
         "parameters": n_parameters,
     }
+
+
+def write_for_mmrec(folder: Path) -> None:
+    """Write pairs and features as MMRec reads them."""
+    target = folder / "baby"
+    target.mkdir(parents=True)
+    lines = ["userID\titemID\tx_label"]
+    for label, part in enumerate(("train", "val", "test")):
+        pairs = baby(part)
+        rows = zip(pairs.user_rows.tolist(), pairs.item_rows.tolist(), strict=True)
+        lines += [f"{user}\t{item}\t{label}" for user, item in rows]
+    (target / "baby.inter").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, values in random_features().items():
+        np.save(target / f"{name}_feat.npy", values)
+
+
+def measure_beside(name: str, epochs: int, checkout: Path, python: str, data: Path) -> dict[str, float]:
+    """What MMRec takes for the same; empty where it has no such model.
+
+    Raises:
+        RuntimeError: It did not run; the message ends with its own.
+    """
+    if name not in BESIDE:
+        return {}
+    model, settings = BESIDE[name]
+    driver = Path(__file__).with_name("mmrec_driver.py").resolve()
+    command = [python, str(driver), model, f"{data}/", str(epochs + 1), json.dumps(settings)]
+    done = subprocess.run(command, cwd=checkout / "src", capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"MMRec's {model} did not run: {done.stderr[-2000:]}")
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def main() -> int:
@@ -131,6 +205,10 @@ def main() -> int:
     parser.add_argument(
         "--epochs", type=int, default=2, help="measured epochs; the fastest counts (default: 2)"
     )
+    parser.add_argument("--beside", type=Path, help="a checkout of MMRec to run beside")
+    parser.add_argument(
+        "--beside-python", default=sys.executable, help="a Python that has what MMRec needs (default: this)"
+    )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--save", type=Path, help="also write the result to this file")
@@ -139,32 +217,53 @@ def main() -> int:
         print(json.dumps(measure_one(options.models[0], options.epochs)))
         return 0
     rows = []
-    for name in options.models:
-        command = [sys.executable, "-m", "benchmarks.training", "--one", "--models", name]
-        done = subprocess.run(
-            [*command, "--epochs", str(options.epochs)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            print(f"{name} failed:\n{done.stderr}", file=sys.stderr)
-            return 1
-        rows.append(json.loads(done.stdout))
-        print(_line(rows[-1]), file=sys.stderr)
-    text = "\n".join(
-        ["| model | epoch | of the bound | faster than the toolkit | validation | build | peak memory |"]
-        + ["|---|---|---|---|---|---|---|"]
-        + [_line(row) for row in rows]
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        if options.beside:
+            write_for_mmrec(Path(folder))
+        for name in options.models:
+            command = [sys.executable, "-m", "benchmarks.training", "--one", "--models", name]
+            done = subprocess.run(
+                [*command, "--epochs", str(options.epochs)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                print(f"{name} failed:\n{done.stderr}", file=sys.stderr)
+                return 1
+            row = json.loads(done.stdout)
+            if options.beside:
+                row["beside"] = measure_beside(
+                    name, options.epochs, options.beside, options.beside_python, Path(folder)
+                )
+            rows.append(row)
+            print(_line(row), file=sys.stderr)
+    head = ["model", "epoch", "bound: bytes", "FLOPs", "of the bound", "validation", "build", "peak memory"]
+    head += ["MMRec's epoch", "ratio", "its validation", "its memory"] if options.beside else []
+    text = "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *map(_line, rows)])
+    ratios = [row["beside"]["epoch_s"] / row["epoch_s"] for row in rows if row.get("beside")]
+    if ratios:
+        text += f"\n\nGeometric mean of the {len(ratios)} ratios: {np.exp(np.mean(np.log(ratios))):.1f}"
     report({"rows": rows, "machine": machine()}, as_json=options.json, save=options.save, text=text)
     return 0
 
 
-def _line(row: dict[str, object]) -> str:
-    epoch, bound = row["epoch_s"], row["bound_s"]
-    cells = [str(row["model"]), "", "", ""]
-    if isinstance(epoch, float) and isinstance(bound, float):
-        toolkit = TOOLKIT_S.get(str(row["model"]))
-        cells[1:] = [f"{epoch:.2f} s", f"{bound / epoch:.0%}", f"{toolkit / epoch:.1f}x" if toolkit else ""]
+def _line(row: dict[str, Any]) -> str:
+    cells = [row["model"], "", "", "", ""]
+    if row["epoch_s"] is not None:
+        share = (row["bytes_s"] + row["flops_s"]) / row["epoch_s"]
+        seconds = [f"{row[key]:.2f} s" for key in ("epoch_s", "bytes_s", "flops_s")]
+        cells[1:] = [*seconds, f"{share:.0%}"]
     cells += [f"{row['evaluation_s']:.2f} s", f"{row['build_s']:.2f} s", f"{row['memory_mb']} MB"]
+    if "beside" in row:
+        other = row["beside"]
+        cells += (
+            [
+                f"{other['epoch_s']:.2f} s",
+                f"{other['epoch_s'] / row['epoch_s']:.1f}",
+                f"{other['evaluation_s']:.2f} s",
+                f"{other['memory_mb']} MB",
+            ]
+            if other
+            else [""] * 4
+        )
     return f"| {' | '.join(cells)} |"
 
 

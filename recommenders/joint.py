@@ -204,6 +204,9 @@ class _JointLoop(TrainingLoop):
         self.encoder_optimizer = _encoder_optimizer(self.encoder, self.joint)
         self.steps = 0
         """Steps in which the encoder was trained."""
+        self.parts: dict[str, Sequence[Tensor]] = {"recommender": list(model.parameters())}
+        """What has a gradient of its own in the history."""
+        self.parts |= self.encoder.parts()
 
     @override
     def make_pairs(self) -> TrainingPairs:
@@ -285,9 +288,7 @@ class _JointLoop(TrainingLoop):
 
     def _norms(self) -> dict[str, Tensor]:
         """Return the length of the gradient of the recommender and of each part of the encoder."""
-        parts: dict[str, Sequence[Tensor]] = {"recommender": list(self.model.parameters())}
-        parts |= self.encoder.parts()
-        return {name: _gradient_norm(parameters) for name, parameters in parts.items()}
+        return {name: _gradient_norm(parameters) for name, parameters in self.parts.items()}
 
     def _update(self) -> None:
         """Take the step of both optimisers."""

@@ -158,13 +158,14 @@ class CatalogueEncoder:
         order = torch.tensor(sorted(range(len(rows)), key=lengths.__getitem__), device=rows.device)
 
         def run(some: Tensor) -> Tensor:
-            with self._mixed():
+            with self.mixed():
                 return source.vectors(some).float()
 
         chunks: Sequence[Tensor] = rows[order].split(self._chunk)  # type: ignore[no-untyped-call]
         return order, [lambda some=some: run(some) for some in chunks]  # type: ignore[misc]
 
-    def _mixed(self) -> AbstractContextManager[object]:
+    def mixed(self) -> AbstractContextManager[object]:
+        """The context in which a forward pass has the precision asked for."""
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=self._autocast)
@@ -172,7 +173,8 @@ class CatalogueEncoder:
     def _width_of_nothing(self, modality: str) -> Tensor:
         """(0, E): the width is that of any row."""
         with torch.no_grad():
-            return self.sources[modality].vectors(torch.zeros(1, dtype=torch.int64)).float()[:0]
+            source = self.sources[modality]
+            return source.vectors(torch.tensor([source.first()])).float()[:0]
 
 
 def _owners(encoder: Encoder) -> dict[str, set[int]]:
