@@ -15,6 +15,7 @@ from features.finetuning.config import FinetuningConfig
 from features.finetuning.objectives import needed_modality
 from features.live.building import LiveConfig
 from features.tuning.modes import TuningConfig
+from features.tuning.side import SideConfig
 from pipeline.comparison.config import ComparisonConfig
 from pipeline.config import FeatureSetConfig, RecommenderConfig, RunConfig, RunSearchConfig
 from pipeline.datasets.config import DatasetConfig
@@ -67,6 +68,12 @@ class ParadigmsConfig(BaseModel, frozen=True, extra="forbid"):
     )
     tuning: TuningConfig = Field(
         default_factory=TuningConfig, description="What of an encoder joint training trains."
+    )
+    side: SideConfig = Field(
+        default_factory=SideConfig, description="The networks of `trained: side`, beside a frozen encoder."
+    )
+    trained: Literal["encoder", "side"] = Field(
+        "encoder", description="What joint training trains: the encoder, or networks on its kept states."
     )
     live: LiveConfig = Field(default_factory=LiveConfig)
     joint: JointConfig = Field(default_factory=JointConfig)

@@ -60,6 +60,8 @@ class Features:
     """The encoder behind them, where it was trained here."""
     before: tuple[StageResult, ...] = ()
     """The features that joint training started from."""
+    states: tuple[StageResult, ...] = ()
+    """States of what joint training left frozen."""
 
     @property
     def keys(self) -> list[str]:
@@ -248,12 +250,14 @@ class _Study:
                 text=config.text,
                 extraction=config.extraction,
                 tuning=config.tuning,
+                side=config.side,
+                trained=config.trained,
                 live=config.live,
                 joint=config.joint,
             )
             made = run_joint(wanted, self.stages, self.dataset)
             assert made.run is not None  # noqa: S101 - a finished run has one
-            features = Features(tuple(made.features), made.encoder, tuple(made.start))
+            features = Features(tuple(made.features), made.encoder, tuple(made.start), tuple(made.states))
             runs.append(SeedRun(made.run, features, found))
         return tuple(runs)
 

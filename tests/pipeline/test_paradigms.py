@@ -397,3 +397,23 @@ def test_what_is_asked_for_again_is_not_made_again_even_by_force() -> None:
         once.extract(dataset, FeaturesConfig(encoder=encoder))
     assert asked == [("a", "tiny"), ("a", "tfidf"), ("b", "tiny")]
     assert len(told) == len(once.results) == 3
+
+
+def test_joint_rows_may_train_side_networks_alone(made: Made) -> None:
+    config = study(
+        paradigms=["pretrained", "joint"],
+        controls=False,
+        specific=[],
+        trained="side",
+        side={"adapter_width": 8},
+        seeds=[0],
+    )
+    result = run_paradigms(config, PlainParadigmStages(made.store))
+    joint = next(one for one in result.contenders if one.kind == "joint")
+    trained = joint.runs[0].features.encoder
+    assert trained is not None
+    assert trained.artefact.manifest.parameters["trained"] == "side"
+    assert trained.artefact.manifest.parameters["side"]["adapter_width"] == 8
+    whole = made["vbpr", "joint"].runs[0].features.encoder
+    n_trained = [one.artefact.manifest.facts["n_trained"] for one in (trained, whole)]
+    assert 0 < n_trained[0] < n_trained[1] / 4
