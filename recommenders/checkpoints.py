@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from recommenders.errors import TrainingError
 
@@ -39,6 +40,26 @@ class Checkpoint:
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors under names that ``Checkpoint.part`` finds."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return what an optimiser remembers of its parameters, under ``position.name``."""
+    states = optimizer.state_dict()["state"]
+    return {
+        f"{position}.{name}": value
+        for position, state in states.items()
+        for name, value in state.items()
+        if value is not None
+    }
+
+
+def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Take over ``optimizer_tensors`` of one over the same parameters; its settings stay."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        position, name = key.split(".")
+        states.setdefault(int(position), {})[name] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from typing_extensions import override
 
-from recommenders.checkpoints import Checkpoint, with_prefix
+from recommenders.checkpoints import Checkpoint, load_optimizer, optimizer_tensors, with_prefix
 from recommenders.errors import TrainingError
 from recommenders.evaluation import EvaluationConfig
 from recommenders.feature_input import FeatureTable
@@ -324,20 +324,14 @@ class _JointLoop(TrainingLoop):
     def more_tensors(self) -> dict[str, Tensor]:
         tensors = with_prefix("table", self.live.state())
         tensors["encoder_steps"] = torch.tensor(self.steps)
-        for position, state in self.encoder_optimizer.state_dict()["state"].items():
-            tensors |= with_prefix(f"encoder_optimizer.{position}", state)
-        return tensors
+        return tensors | with_prefix("encoder_optimizer", optimizer_tensors(self.encoder_optimizer))
 
     @override
     def load_more(self, checkpoint: Checkpoint) -> None:
         self.live.load_state(checkpoint.part("table"))
         self.features = self.live.table()
         self.steps = int(checkpoint.tensors["encoder_steps"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in checkpoint.part("encoder_optimizer").items():
-            position, key = name.split(".")
-            state.setdefault(int(position), {})[key] = value
-        self.encoder_optimizer.load_state_dict(self.encoder_optimizer.state_dict() | {"state": state})
+        load_optimizer(self.encoder_optimizer, checkpoint.part("encoder_optimizer"))
 
     @override
     def identity(self) -> dict[str, str]:

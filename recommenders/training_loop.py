@@ -20,6 +20,8 @@ from recommenders.checkpoints import (
     Checkpoint,
     bytes_of,
     check_same_training,
+    load_optimizer,
+    optimizer_tensors,
     read_checkpoint,
     with_prefix,
     write_checkpoint,
@@ -289,9 +291,7 @@ class TrainingLoop:
         tensors = with_prefix("model", self.snapshot()) | self.more_tensors()
         if self.best_epoch != self.epoch:  # else the best state is the model's
             tensors |= with_prefix("best", self.best_state)
-        for position, state in self.optimizer.state_dict()["state"].items():
-            kept = {name: value for name, value in state.items() if value is not None}
-            tensors |= with_prefix(f"optimizer.{position}", kept)
+        tensors |= with_prefix("optimizer", optimizer_tensors(self.optimizer))
         tensors |= {"random.pairs": self.generator.get_state(), "random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -319,11 +319,7 @@ class TrainingLoop:
         self.load_more(checkpoint)
         best = checkpoint.part("best") or checkpoint.part("model")
         self.best_state = {name: value.to(self.device) for name, value in best.items()}
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in checkpoint.part("optimizer").items():
-            position, key = name.split(".")
-            state.setdefault(int(position), {})[key] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        load_optimizer(self.optimizer, checkpoint.part("optimizer"))
         if self.scaler is not None:
             self.scaler.load_state_dict(cast(dict[str, float], checkpoint.facts["scaler"]))
         self.generator.set_state(checkpoint.tensors["random.pairs"])
