@@ -65,13 +65,7 @@ class SideEncoder(Encoder):
         Raises:
             EncoderError: The encoder shows no such tower.
         """
-        tower = tower_of(self.inner, modality)
-        hidden = tower.stem(inputs)
-        done, states = 0, []
-        for number in states_read(tower.n_blocks, self.config.every_nth):
-            hidden, done = tower.run(hidden, done, number), number
-            states.append(tower.pooled(hidden))
-        return states, tower.head(hidden)
+        return states_and_vectors(tower_of(self.inner, modality), inputs, self.config.every_nth)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D) float32."""
@@ -86,6 +80,16 @@ class SideEncoder(Encoder):
     def update_info(self) -> None:
         """Have `info` tell of the side networks' weights as they are now."""
         self.info = side_info(self.inner.info, self.config, self.sides)
+
+
+def states_and_vectors(tower: Tower, inputs: Tensor, every_nth: int) -> tuple[list[Tensor], Tensor]:
+    """Pixels or tokens -> the pooled states a side network reads, (B, W) each, and the vectors (B, D)."""
+    hidden, done = tower.stem(inputs), 0
+    states = []
+    for number in states_read(tower.n_blocks, every_nth):
+        hidden, done = tower.run(hidden, done, number), number
+        states.append(tower.pooled(hidden))
+    return states, tower.head(hidden)
 
 
 def side_widths(tower: Tower, config: SideConfig) -> tuple[int, ...]:

@@ -1,13 +1,11 @@
 """From an encoder, a catalogue and a mode to rows that can be encoded while a recommender trains."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
@@ -16,15 +14,15 @@ from features.errors import FeatureError
 from features.images import ImageLimits
 from features.live.encoder import CatalogueEncoder
 from features.live.inputs import RowInputs
-from features.live.pooled import StateType, keep_pooled
-from features.live.sources import SideStates, UpperBlocks, VectorSource, WholeEncoder
-from features.live.states import StateFile, StateWriter
+from features.live.keeping import Progress, keep_pooled, keep_states
+from features.live.kept import Kept, kept_source
+from features.live.pooled import PooledFile, StateType
+from features.live.sources import VectorSource, WholeEncoder
+from features.live.states import StateFile
 from features.tuning.modes import Tuned
 from features.tuning.side_mode import SideTuned
-from features.tuning.towers import Tower, tower_of
+from features.tuning.towers import tower_of
 
-Progress = Callable[[int, int], None]
-"""Called with items done and items in all."""
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,9 +56,10 @@ def live_encoder(
     *,
     folder: Path,
     text: TextConfig | None = None,
+    states: Mapping[str, Kept] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[CatalogueEncoder]:
-    """Give the catalogue's rows as something to encode; what is kept on disk is removed at the end.
+    """Give the catalogue's rows as something to encode; decoded pictures are removed at the end.
 
     Args:
         tuned: An encoder that knows what of it is trained. With side networks the frozen encoder runs once.
@@ -68,12 +67,15 @@ def live_encoder(
         modalities: Which are to be live: image, text or both.
         present: Modality -> (I,) bool, the rows that may be asked for.
         config: How.
-        folder: Where decoded pictures and states are kept meanwhile.
+        folder: Where decoded pictures are kept meanwhile, and states that are computed here.
         text: Which text of an item.
+        states: Modality -> what the frozen part makes of this catalogue, kept before; where there is none it
+            is computed here, as ``config`` says.
         progress: Told of states that are computed.
 
     Raises:
-        FeatureError: A modality that is neither image nor text, or pictures that cannot be read any more.
+        FeatureError: A modality that is neither image nor text, pictures that cannot be read any more, or
+            states that are another encoder's, another catalogue's, or lack rows.
     """
     device = next(tuned.encoder.parameters()).device
     open_inputs: list[RowInputs] = []
@@ -84,47 +86,30 @@ def live_encoder(
                 raise FeatureError(
                     "fused vectors cannot be live, image and text can; let the recommender read these two."
                 )
-            side = tuned.encoder.side(modality) if isinstance(tuned, SideTuned) else None
-            runs_once = side is not None and config.keep_states
-            inputs = RowInputs(
-                catalogue,
-                tuned.encoder,
-                modality,
-                text or TextConfig(),
-                cache_file=folder / f"pixels-{modality}.f16",
-                cache_mb=0 if runs_once else config.pixel_cache_mb,
-                limits=config.limits,
-                n_workers=config.n_workers,
-            )
-            open_inputs.append(inputs)
-            rows = present[modality].nonzero().squeeze(1).cpu()
-            start = _kept_blocks(tuned, modality) if config.keep_states and isinstance(tuned, Tuned) else 0
-            if isinstance(tuned, SideTuned) and side is not None and runs_once:
-                kept = keep_pooled(
+            kept = (states or {}).get(modality)
+            if kept is None:
+                frozen = _frozen_part(tuned, modality) if config.keep_states else None
+                inputs = RowInputs(
+                    catalogue,
                     tuned.encoder,
                     modality,
-                    inputs,
-                    rows,
-                    folder=folder / f"states-{modality}",
-                    chunk=config.chunk,
-                    state_type=config.side_states,
-                    progress=progress,
+                    text or TextConfig(),
+                    cache_file=folder / f"pixels-{modality}.f16",
+                    # What runs once is decoded once.
+                    cache_mb=config.pixel_cache_mb if frozen is None else 0,
+                    limits=config.limits,
+                    n_workers=config.n_workers,
                 )
-                sources[modality] = SideStates(side, kept, device)
-            elif start:
-                tower = tower_of(tuned.encoder, modality)
-                states = keep_states(
-                    tower,
-                    inputs,
-                    rows,
-                    start,
-                    folder=folder / f"states-{modality}",
-                    chunk=config.chunk,
-                    progress=progress,
-                )
-                sources[modality] = UpperBlocks(tower, states, start, device)
-            else:
-                sources[modality] = WholeEncoder(tuned.encoder, modality, inputs, device)
+                open_inputs.append(inputs)
+                if frozen is None:
+                    sources[modality] = WholeEncoder(tuned.encoder, modality, inputs, device)
+                    continue
+                rows = present[modality].nonzero().squeeze(1).cpu()
+                into = folder / f"states-{modality}"
+                kept = _compute(tuned, inputs, rows, frozen, config=config, folder=into, progress=progress)
+            sources[modality] = kept_source(
+                tuned, modality, kept, catalogue=catalogue, present=present[modality], device=device
+            )
         yield CatalogueEncoder(
             tuned, sources, chunk=config.chunk, device=device, autocast=_AUTOCAST[config.precision]
         )
@@ -133,45 +118,38 @@ def live_encoder(
             inputs.close()
 
 
-def _kept_blocks(tuned: Tuned, modality: Modality) -> int:
-    """Blocks whose result can be kept; 0 where the stem is trained or the encoder shows no blocks."""
+def _frozen_part(tuned: Tuned | SideTuned, modality: Modality) -> int | None:
+    """Blocks that run once; None where the stem is trained, or the encoder shows no blocks that could."""
+    if isinstance(tuned, SideTuned):
+        return tuned.frozen_blocks(modality) if tuned.encoder.side(modality) else None
     trained_everywhere = all(value.requires_grad for value in tuned.encoder.parameters())
-    return 0 if trained_everywhere else tuned.frozen_blocks(modality) or 0
+    # Nothing but a stem is hardly worth its space.
+    return None if trained_everywhere else tuned.frozen_blocks(modality) or None
 
 
-@torch.no_grad()
-def keep_states(
-    tower: Tower,
+def _compute(
+    tuned: Tuned | SideTuned,
     inputs: RowInputs,
     rows: Tensor,
-    start: int,
+    frozen_blocks: int,
     *,
+    config: LiveConfig,
     folder: Path,
-    chunk: int,
-    progress: Progress | None = None,
-) -> StateFile:
-    """Run rows through the stem and the blocks below ``start``, and keep the states.
-
-    Args:
-        tower: In evaluation below ``start``.
-        inputs: Of its modality.
-        rows: (R,) item rows.
-        start: The first block that is not run.
-        folder: Where the files go.
-        chunk: Rows at a time.
-        progress: Called with rows done.
-    """
-    device = next(tower.encoder.parameters()).device
-    tower.encoder.eval()
-    lengths: NDArray[np.int64] = np.array([inputs.length(int(row)) for row in rows], dtype=np.int64)
-    order = torch.from_numpy(np.argsort(-lengths, kind="stable"))  # the longest first: it sets the width
-    writer = StateWriter(folder, len(inputs.contents))
-    longest = 0
-    for first in range(0, len(rows), chunk):
-        some = rows[order[first : first + chunk]]
-        hidden = tower.run(tower.stem(inputs(some, device)), 0, start)
-        longest = longest or hidden.states.shape[1]
-        writer.write(some, hidden, longest)
-        if progress is not None:
-            progress(min(first + chunk, len(rows)), len(rows))
-    return writer.finish()
+    progress: Progress | None,
+) -> Kept:
+    """Run the frozen part, and open what it made."""
+    if isinstance(tuned, SideTuned):
+        keep_pooled(
+            tuned.encoder.inner,
+            inputs,
+            rows,
+            every_nth=tuned.encoder.config.every_nth,
+            folder=folder,
+            chunk=config.chunk,
+            state_type=config.side_states,
+            progress=progress,
+        )
+        return PooledFile(folder)
+    tower = tower_of(tuned.encoder, inputs.modality)
+    keep_states(tower, inputs, rows, frozen_blocks, folder=folder, chunk=config.chunk, progress=progress)
+    return StateFile(folder)

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -11,9 +12,10 @@ from features.catalogue import Catalogue, Contents, Modality, TextConfig
 from features.encoders.base import Encoder
 from features.errors import FeatureError
 from features.images import ImageLimits
-from features.loading import Loader, Source
+from features.loading import Loaded, Loader, Source
 
 _PICTURES_PER_TASK = 8
+Rows = npt.NDArray[np.int64]
 
 
 class RowInputs:
@@ -74,6 +76,40 @@ class RowInputs:
             return self._encoder.pad([self._ids[row] for row in wanted]).to(device)
         return self._pixels(wanted).to(device)
 
+    def readable(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None, dict[int, str]]:
+        """Give the input of those rows that can be read; decoded pictures are not kept.
+
+        Args:
+            rows: (R,) item rows.
+            device: Where the input goes.
+
+        Returns:
+            (N,) rows that could be read, in their order; their input as of a call, None where N is 0; and
+            item row -> why it could not.
+        """
+        if self.modality == "text":
+            return rows, self(rows, device), {}
+        wanted = rows.cpu().numpy()
+        pixels: list[Tensor] = []
+        reasons: dict[int, str] = {}
+        for some, loaded in self._load(wanted):
+            reasons |= {int(some[position]): reason for position, reason in loaded.failures.items()}
+            if loaded.pixels is not None:
+                pixels.append(loaded.pixels)
+        kept = torch.tensor([row for row in wanted.tolist() if row not in reasons], dtype=torch.int64)
+        return kept, torch.cat(pixels).to(device) if pixels else None, reasons
+
+    def first(self) -> int:
+        """An item row that has the modality.
+
+        Raises:
+            FeatureError: No item has it.
+        """
+        for row, content in enumerate(self.contents.hashes):
+            if content is not None:
+                return row
+        raise FeatureError(f"no item has {'a picture' if self.modality == 'image' else 'a text'}.")
+
     def length(self, row: int) -> int:
         """Tokens of an item's text; 0 for pictures."""
         return len(self._ids[row]) if self._ids else 0
@@ -84,7 +120,7 @@ class RowInputs:
         self._kept = None
         self._cache_file.unlink(missing_ok=True)
 
-    def _pixels(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+    def _pixels(self, rows: Rows) -> Tensor:
         missing = rows[~self._is_kept[rows]]
         decoded = self._decode(missing)
         if self._kept is None and len(decoded):
@@ -103,21 +139,26 @@ class RowInputs:
             whole = (len(self.contents), *shape)
             self._kept = np.memmap(self._cache_file, np.float16, "w+", shape=whole)
 
-    def _decode(self, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+    def _decode(self, rows: Rows) -> Tensor:
         if not len(rows):
             return torch.empty(0)
-        tasks = [
-            rows[start : start + _PICTURES_PER_TASK] for start in range(0, len(rows), _PICTURES_PER_TASK)
-        ]
-        loaded = list(self._pool.map(lambda some: self._loader([self._source(row) for row in some]), tasks))
-        for some, one in zip(tasks, loaded, strict=True):
-            for position, reason in one.failures.items():
+        found = self._load(rows)
+        for some, loaded in found:
+            for position, reason in loaded.failures.items():
                 raise FeatureError(
                     f"the picture of item {self.contents.item_ids[some[position]]!r} cannot be read any more "
                     f"({reason}), though its features could be extracted; put the file back, or import the "
                     "dataset again."
                 )
-        return torch.cat([one.pixels for one in loaded if one.pixels is not None])
+        return torch.cat([loaded.pixels for _, loaded in found if loaded.pixels is not None])
+
+    def _load(self, rows: Rows) -> list[tuple[Rows, Loaded]]:
+        """What the threads load, with the item rows it belongs to."""
+        tasks = [
+            rows[start : start + _PICTURES_PER_TASK] for start in range(0, len(rows), _PICTURES_PER_TASK)
+        ]
+        loaded = self._pool.map(lambda some: self._loader([self._source(row) for row in some]), tasks)
+        return list(zip(tasks, loaded, strict=True))
 
     def _source(self, row: int) -> Source:
         image = self.contents.images[row]

@@ -25,6 +25,10 @@ class VectorSource(Protocol):
         """How long an item's input is, for chunks of like lengths; 0 where all are equal."""
         ...
 
+    def first(self) -> int:
+        """An item row that can be asked for, as not every item has every modality."""
+        ...
+
 
 class WholeEncoder:
     """Through all of an encoder."""
@@ -43,21 +47,29 @@ class WholeEncoder:
         """Tokens of a text."""
         return self._inputs.length(row)
 
+    def first(self) -> int:
+        """An item row that has the modality."""
+        return self._inputs.first()
+
 
 class UpperBlocks:
     """Through the blocks above kept states: what lies below is frozen and was run once."""
 
-    def __init__(self, tower: Tower, states: StateFile, start: int, device: torch.device) -> None:
-        self._tower, self._states, self._start, self._device = tower, states, start, device
+    def __init__(self, tower: Tower, states: StateFile, device: torch.device) -> None:
+        self._tower, self._states, self._device = tower, states, device
 
     def vectors(self, rows: Tensor) -> Tensor:
         """(R,) item rows -> (R, E) float32."""
         hidden = self._states.read(rows, self._device).trimmed()
-        return self._tower.finish(hidden, self._start)
+        return self._tower.finish(hidden, self._states.start)
 
     def length(self, row: int) -> int:
         """Tokens of a text."""
         return self._states.length(row)
+
+    def first(self) -> int:
+        """An item row that has a state."""
+        return self._states.rows.first()
 
 
 class SideStates:
@@ -74,3 +86,7 @@ class SideStates:
     def length(self, row: int) -> int:  # noqa: ARG002 - all inputs are of one size
         """0."""
         return 0
+
+    def first(self) -> int:
+        """An item row that has a state."""
+        return self._kept.rows.first()

@@ -1,6 +1,5 @@
 """Hidden states of a catalogue's items below some block, in files: an epoch then costs the upper blocks."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +7,19 @@ import torch
 from torch import Tensor
 
 from features.errors import FeatureFileError
+from features.live.row_files import RowReader, RowWriter
 from features.tuning.hidden import Hidden
 
-_FORMAT = 1
-_HEAD = "states.json"
+STATES_HEAD = "states.json"
+_FORMAT = 2
 _FILES = ("states.npy", "mask.npy", "at.npy")
 
 
 class StateFile:
-    """(I, L, W) states, (I, L) mask and (I,) position in a folder, read row by row.
+    """(R, L, W) states, (R, L) mask and (R,) position in a folder, read by item row.
 
     States are float16: they go into a frozen block's residual stream, whose numbers are far from its limits;
-    `write` refuses those that are not.
+    `StateWriter` refuses those that are not.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,77 +28,71 @@ class StateFile:
         Raises:
             FeatureFileError: It is not there, not whole, or of another version.
         """
-        try:
-            head = json.loads((folder / _HEAD).read_text(encoding="utf-8"))
-            states, mask, at = (np.load(folder / name, mmap_mode="r") for name in _FILES)
-        except (OSError, ValueError) as error:
+        self.rows = RowReader(folder, STATES_HEAD, _FILES)
+        self._states, self._mask, self._at = self.rows.arrays
+        head = self.rows.head
+        if head.get("format") != _FORMAT or not isinstance(head.get("start"), int):
             raise FeatureFileError(
-                f"{folder.name} holds no whole states ({error}); make them anew."
-            ) from error
-        if head != {"format": _FORMAT} or not len(states) == len(mask) == len(at):
-            raise FeatureFileError(
-                f"{folder.name} holds states of format {head} with {len(states)}, {len(mask)} and {len(at)} "
-                f"rows; expected format {_FORMAT} and equal numbers; make them anew."
+                f"{folder.name} holds states of {head}; expected format {_FORMAT} and the block above them; "
+                "make them anew."
             )
-        self._states, self._mask, self._at = states, mask, at
+        self.start: int = head["start"]
+        """The first block that was not run."""
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self.rows)
 
     def read(self, rows: Tensor, device: torch.device) -> Hidden:
-        """(R,) item rows -> their states, float32 on a device; padding is not cut off."""
-        wanted = rows.cpu().numpy()
-        states = torch.from_numpy(np.asarray(self._states[wanted])).to(device).float()
-        mask = torch.from_numpy(np.asarray(self._mask[wanted])).to(device)
-        return Hidden(states, mask, torch.from_numpy(np.asarray(self._at[wanted])).to(device))
+        """(R,) item rows -> their states, float32 on a device; padding is not cut off.
+
+        Raises:
+            FeatureFileError: An item has no state here.
+        """
+        places = self.rows.places(rows)
+        states = torch.from_numpy(np.asarray(self._states[places])).to(device).float()
+        mask = torch.from_numpy(np.asarray(self._mask[places])).to(device)
+        return Hidden(states, mask, torch.from_numpy(np.asarray(self._at[places])).to(device))
 
     def length(self, row: int) -> int:
         """Tokens of an item; 0 for maps, which are all of one size."""
-        return int(self._mask[row].sum()) if self._mask.shape[1] else 0
+        if not self._mask.shape[1]:
+            return 0
+        return int(self._mask[self.rows.places(torch.tensor([row]))].sum())
 
 
 class StateWriter:
-    """Writes the states of a catalogue, batch by batch, in any order; rows never written stay zero.
+    """Writes the states of a catalogue, batch by batch, in any order.
 
     Args:
-        folder: Empty, new, or of an earlier run, which is overwritten.
+        folder: New, or of an earlier try.
         n_items: I.
+        start: The first block that is not run.
+        rows: The item rows that will come; None for all.
+        resume: Keep what an earlier try of the same states has written.
     """
 
-    def __init__(self, folder: Path, n_items: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _HEAD).unlink(missing_ok=True)
-        self.folder, self.n_items = folder, n_items
-        self._open: list[np.memmap[tuple[int, ...], np.dtype[np.generic]]] = []
+    def __init__(
+        self, folder: Path, n_items: int, *, start: int, rows: Tensor | None = None, resume: bool = False
+    ) -> None:
+        self.rows = RowWriter(folder, STATES_HEAD, n_items, rows, resume=resume)
+        self._start = start
 
-    def write(self, rows: Tensor, hidden: Hidden, length: int) -> None:
-        """Write (R,) rows; all are padded to ``length`` tokens, the longest of the catalogue.
+    def write(self, rows: Tensor, hidden: Hidden) -> None:
+        """Write (R,) rows; all are padded to the tokens of the first, which are the longest of the catalogue.
 
         Raises:
             FeatureFileError: A number is too large for float16, or is none.
         """
-        whole = hidden if hidden.is_map else hidden.padded(length)
+        width = self.rows.shape(_FILES[0])
+        whole = hidden if hidden.is_map or not width else hidden.padded(width[0])
         states = whole.states.half()
         if not bool(torch.isfinite(states).all()):
             raise FeatureFileError(
-                "a hidden state is beyond float16 (65,504), or NaN; keep no states: choose mode lora or full."
+                "a hidden state is beyond float16 (65,504), or NaN; set live.keep_states to false, or look "
+                "at the encoder's weights."
             )
-        tensors = (states, whole.mask, whole.at)
-        if not self._open:
-            for name, tensor in zip(_FILES, tensors, strict=True):
-                values = tensor.cpu().numpy()
-                self._open.append(
-                    np.lib.format.open_memmap(
-                        self.folder / name, "w+", dtype=values.dtype, shape=(self.n_items, *values.shape[1:])
-                    )
-                )
-        for kept, tensor in zip(self._open, tensors, strict=True):
-            kept[rows.cpu().numpy()] = tensor.cpu().numpy()
+        self.rows.write(rows, dict(zip(_FILES, (states, whole.mask, whole.at), strict=True)))
 
-    def finish(self) -> StateFile:
+    def finish(self) -> None:
         """Close the files; the head is written last, so that a folder without one is not whole."""
-        for kept in self._open:
-            kept.flush()
-        self._open = []
-        (self.folder / _HEAD).write_text(json.dumps({"format": _FORMAT}) + "\n", encoding="utf-8")
-        return StateFile(self.folder)
+        self.rows.finish({"format": _FORMAT, "start": self._start})

@@ -130,25 +130,27 @@ def test_without_kept_states_or_a_side_network_the_encoder_itself_is_asked(
 
 def test_kept_states_are_whole_or_refused(tmp_path: Path) -> None:
     def write(value: float = 1.0) -> None:
-        writer = PooledWriter(tmp_path, 3)
+        writer = PooledWriter(tmp_path, 3, blocks=(0, 2), widths=(4, 5))
         states = [torch.full((2, 4), value), torch.full((2, 5), 2.0)]
         writer.write(torch.tensor([2, 0]), states, torch.full((2, 6), 3.0))
         writer.finish()
 
     write()
     kept = PooledFile(tmp_path)
-    states, vectors = kept.read(torch.tensor([1, 2]), CPU)
+    states, vectors = kept.read(torch.tensor([2, 0]), CPU)
     assert [state.shape for state in states] == [(2, 4), (2, 5)]
-    assert states[1].tolist() == [[0.0] * 5, [2.0] * 5]
-    assert vectors.tolist() == [[0.0] * 6, [3.0] * 6]
+    assert states[1].tolist() == [[2.0] * 5] * 2
+    assert vectors.tolist() == [[3.0] * 6] * 2
     assert len(kept) == 3
+    with pytest.raises(FeatureFileError, match="holds no state of item row 1"):
+        kept.read(torch.tensor([2, 1]), CPU)
     with pytest.raises(FeatureFileError, match=r"beyond float16 \(65,504\)"):
         write(1e5)
     with pytest.raises(FeatureFileError, match="holds no whole states"):  # what was there is being replaced
         PooledFile(tmp_path)
     write()
     np.save(tmp_path / "states.npy", np.zeros((3, 8), np.float16))
-    with pytest.raises(FeatureFileError, match="the widths' sum and equal numbers"):
+    with pytest.raises(FeatureFileError, match="rows of the widths' sum"):
         PooledFile(tmp_path)
     (tmp_path / "vectors.npy").unlink()
     with pytest.raises(FeatureFileError, match="holds no whole states"):
