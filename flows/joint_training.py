@@ -22,6 +22,7 @@ from pipeline.encoder_specs import stored_spec
 from pipeline.errors import USER_ERRORS
 from pipeline.joint_way import JointResult, JointWayConfig, run_joint
 from pipeline.stages.extract_features import FeaturesConfig
+from pipeline.stages.keep_states import StatesConfig, keep_encoder_states
 from pipeline.stages.measure_joint import measure_joint
 from pipeline.stages.result import StageResult
 from pipeline.stages.train_jointly import HISTORY_FILE, JointSettings, train_encoder_jointly
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.store import Artefact
 
 NAME = "joint-training"
+KEEP = "keep-states"
 TRAIN = "train-jointly"
 MEASURE = "measure-joint"
 DEFAULTS = JointWayConfig()
@@ -81,6 +83,25 @@ def joint_training_flow(
         name_run(config.encoder, reused=True)
         return Completed(name=CACHED, message=message, data=result)
     return Completed(message=message, data=result)
+
+
+@flow(name=KEEP, flow_run_name="{config.encoder} {config.modality}", persist_result=False)
+def keep_states_flow(
+    dataset: str, *, config: StatesConfig, store: str = "", force: bool = False
+) -> State[str]:
+    """Run the frozen part of an encoder once over all items, for every joint training above it.
+
+    Args:
+        dataset: Name, reference or key of a dataset artefact.
+        config: Which states of which encoder.
+        store: Folder or address of the store; empty for the one that `tandem up` was started with.
+        force: Compute them although the store has them.
+    """
+    return run_stage(
+        KEEP,
+        store,
+        lambda opened, reporter: keep_encoder_states(opened, dataset, config, reporter=reporter, force=force),
+    )
 
 
 @flow(name=TRAIN, flow_run_name="{config.model} seed {config.seed}", persist_result=False)
@@ -145,6 +166,10 @@ class SubflowJointStages:
     def extract(self, dataset: str, config: FeaturesConfig) -> StageResult:
         """Encode one modality with one encoder."""
         return self._run(extract_features_flow, dataset=dataset, config=config)
+
+    def keep_states(self, dataset: str, config: StatesConfig) -> StageResult:
+        """Run the frozen part of an encoder once over all items."""
+        return self._run(keep_states_flow, dataset=dataset, config=config)
 
     def train_jointly(self, dataset: str, features: Sequence[str], config: JointSettings) -> StageResult:
         """Train encoder and recommender together."""

@@ -15,9 +15,10 @@ from pipeline.encoder_specs import stored_spec
 from pipeline.progress import SILENT, Reporter
 from pipeline.stages.build_index import build_index
 from pipeline.stages.extract_features import FeaturesConfig, extract_features
+from pipeline.stages.keep_states import StatesConfig, keep_encoder_states
 from pipeline.stages.measure_joint import measure_joint
 from pipeline.stages.result import StageResult
-from pipeline.stages.train_jointly import JointSettings, train_encoder_jointly
+from pipeline.stages.train_jointly import JointSettings, states_wanted, train_encoder_jointly
 
 if TYPE_CHECKING:
     from pipeline.device import DeviceChoice
@@ -52,6 +53,10 @@ class JointStages(Protocol):
         """Encode one modality with one encoder."""
         ...
 
+    def keep_states(self, dataset: str, config: StatesConfig) -> StageResult:
+        """Run the frozen part of an encoder once over all items."""
+        ...
+
     def train_jointly(self, dataset: str, features: Sequence[str], config: JointSettings) -> StageResult:
         """Train encoder and recommender together."""
         ...
@@ -77,6 +82,10 @@ class PlainJointStages:
         """Encode one modality with one encoder."""
         return extract_features(self.store, dataset, config, reporter=self.reporter, force=self.force)
 
+    def keep_states(self, dataset: str, config: StatesConfig) -> StageResult:
+        """Run the frozen part of an encoder once over all items."""
+        return keep_encoder_states(self.store, dataset, config, reporter=self.reporter, force=self.force)
+
     def train_jointly(self, dataset: str, features: Sequence[str], config: JointSettings) -> StageResult:
         """Train encoder and recommender together."""
         return train_encoder_jointly(
@@ -100,6 +109,8 @@ class JointResult:
 
     start: list[StageResult] = field(default_factory=list)
     """The features that training starts from."""
+    states: list[StageResult] = field(default_factory=list)
+    """What the frozen part of the encoder makes of all items, where a part is frozen."""
     encoder: StageResult | None = None
     features: list[StageResult] = field(default_factory=list)
     """The trained encoder's."""
@@ -111,7 +122,7 @@ class JointResult:
         """Every stage's result."""
         single = [self.run, self.index]
         encoder = [self.encoder] if self.encoder else []
-        return [*self.start, *encoder, *self.features, *(stage for stage in single if stage)]
+        return [*self.start, *self.states, *encoder, *self.features, *(stage for stage in single if stage)]
 
 
 def run_joint(
@@ -140,6 +151,10 @@ def run_joint(
     made = JointResult()
     for modality in config.modalities:
         made.start.append(note(stages.extract(dataset, config.extract(modality, config.encoder))))
+    for modality in config.modalities:
+        states = states_wanted(config, modality, config.text)
+        if states is not None:
+            made.states.append(note(stages.keep_states(dataset, states)))
     before = [stage.artefact.key for stage in made.start]
     made.encoder = note(stages.train_jointly(dataset, [*before, *beside], config.training_alone()))
     trained = made.encoder.artefact

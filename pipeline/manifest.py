@@ -30,13 +30,14 @@ __all__ = [
     "artefact_key",
 ]
 
-Kind = Literal["dataset", "encoder", "features", "index", "graph", "search", "run", "comparison"]
+Kind = Literal["dataset", "encoder", "features", "states", "index", "graph", "search", "run", "comparison"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FORMAT_VERSIONS: dict[Kind, int] = {
     "dataset": 1,
     "encoder": 1,
     "features": 1,
+    "states": 1,
     "index": 1,
     "graph": 1,
     "search": 1,

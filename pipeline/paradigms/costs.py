@@ -24,7 +24,7 @@ class Costs:
     """
 
     encode_s: float
-    """Seconds of encoding: of all features read, and of those that joint training started from."""
+    """Seconds of encoding: of all features read, of those that joint training started from, and of states."""
     tune_s: float
     """Seconds in which the encoder was trained: fine-tuning, or joint training."""
     train_s: float
@@ -34,7 +34,7 @@ class Costs:
     peak_bytes: float
     """Peak memory of any training: of the GPU's tensors where there is one, else of the process."""
     stored_bytes: float
-    """Bytes in the store: features, and the encoder where it was trained here."""
+    """Bytes in the store: features, and the encoder where it was trained here, with the states below it."""
     device: str
     """What trained the recommender: the GPU's name, or the processor's."""
 
@@ -59,7 +59,8 @@ def costs_of(runs: Sequence[SeedRun]) -> Costs:
 
 
 def _of_run(one: SeedRun) -> Costs:
-    read = [stage.artefact for stage in (*one.features.before, *one.features.made)]
+    encoded = (*one.features.before, *one.features.states, *one.features.made)
+    read = [stage.artefact for stage in encoded]
     run = one.run.artefact
     trained = one.features.encoder
     kept = [*read]

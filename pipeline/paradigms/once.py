@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.paradigms.way import ParadigmStages
     from pipeline.stages.extract_features import FeaturesConfig
     from pipeline.stages.finetune_encoder import FinetuneSettings
+    from pipeline.stages.keep_states import StatesConfig
     from pipeline.stages.search_recommender import SearchSettings
     from pipeline.stages.train_jointly import JointSettings
     from pipeline.stages.train_recommender import RunSettings
@@ -66,6 +67,10 @@ class OnceStages:
         return self._once(
             lambda: self.stages.train(dataset, features, config, search=search), "train", config, *names
         )
+
+    def keep_states(self, dataset: str, config: StatesConfig) -> StageResult:
+        """Run the frozen part of an encoder once over all items."""
+        return self._once(lambda: self.stages.keep_states(dataset, config), "keep-states", config, dataset)
 
     def train_jointly(self, dataset: str, features: Sequence[str], config: JointSettings) -> StageResult:
         """Train encoder and recommender together."""

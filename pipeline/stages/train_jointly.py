@@ -13,16 +13,19 @@ from safetensors.torch import save_file
 
 from features.catalogue import Modality, TextConfig
 from features.live.building import LiveConfig, live_encoder
+from features.live.keeping import blocks_above
 from features.tuning.modes import Tuned, TuningConfig, prepare_tuning
 from features.tuning.side import SideConfig
 from features.tuning.side_mode import SideTuned, prepare_side
 from pipeline.device import choose_device
 from pipeline.encoder_specs import ResolvedEncoder, resolve_encoder, store_encoder
 from pipeline.errors import ConfigError
+from pipeline.manifest import artefact_key
 from pipeline.peak_memory import forget_peak_memory, peak_memory
 from pipeline.progress import SILENT, Reporter
 from pipeline.reading import read_catalogue, read_features, read_for_choosing
 from pipeline.stages.extract_features import encoder_label
+from pipeline.stages.keep_states import StatesConfig, keep_encoder_states, open_states, states_identity
 from pipeline.stages.result import StageResult
 from pipeline.stages.train_recommender import (
     RunSettings,
@@ -35,6 +38,8 @@ from recommenders.live import LiveTable
 from recommenders.models.registry import build_model, model_config
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from features.encoders.base import EncoderInfo
     from pipeline.store import Artefact, Draft, Store
 
@@ -76,7 +81,8 @@ def train_encoder_jointly(
     """Train an encoder and a recommender together, and keep the encoder at the epoch validation chose.
 
     Stopped or killed, the same call goes on from the last whole epoch. The test part is not read; the
-    recommender is measured by `measure_joint`, on features that the trained encoder has extracted.
+    recommender is measured by `measure_joint`, on features that the trained encoder has extracted. States of
+    what stays frozen are found in the store, or made for it.
 
     Args:
         store: Where everything lies.
@@ -100,6 +106,33 @@ def train_encoder_jointly(
     live = live_names(tables, info, config)
     device = choose_device(config.device)
     label = joint_label(encoder_label(chosen.spec, info), config.model)
+    catalogue = read_catalogue(data)
+    wanted = {modality: states_wanted(config, modality, _text_of(tables, live)) for modality in live}
+    asked = {modality: states for modality, states in wanted.items() if states is not None}
+    identity: dict[str, JsonValue] = {
+        **run_identity(data, tables, config.run(), device),
+        "encoder": {"weights": info.weights_sha256, "preprocessing": info.preprocessing_sha256},
+        **(
+            {"tuning": config.tuning.model_dump(mode="json")}
+            if config.trained == "encoder"
+            else {"side": config.side.model_dump(mode="json")}
+        ),
+        "live": config.live.model_dump(
+            mode="json", include={"chunk", "precision", "keep_states", "side_states"}
+        ),
+        "joint": config.joint.model_dump(mode="json"),
+    }
+    if asked:
+        identity["states"] = {
+            modality: artefact_key("states", states_identity(catalogue, states, info))
+            for modality, states in asked.items()
+        }
+    if not force and (found := store.find("encoder", artefact_key("encoder", identity))) is not None:
+        return StageResult.reusing(found)  # without making states that nobody would read
+    kept = {
+        modality: keep_encoder_states(store, data.key, states, reporter=reporter).artefact
+        for modality, states in asked.items()
+    }
 
     def make(draft: Draft) -> None:
         _train(
@@ -107,6 +140,7 @@ def train_encoder_jointly(
             data,
             tables,
             config,
+            kept=kept,
             chosen=chosen,
             live=live,
             device=device,
@@ -117,22 +151,11 @@ def train_encoder_jointly(
     outcome = store.produce(
         "encoder",
         slug=f"{label}-seed-{config.seed}",
-        identity={
-            **run_identity(data, tables, config.run(), device),
-            "encoder": {"weights": info.weights_sha256, "preprocessing": info.preprocessing_sha256},
-            **(
-                {"tuning": config.tuning.model_dump(mode="json")}
-                if config.trained == "encoder"
-                else {"side": config.side.model_dump(mode="json")}
-            ),
-            "live": config.live.model_dump(
-                mode="json", include={"chunk", "precision", "keep_states", "side_states"}
-            ),
-            "joint": config.joint.model_dump(mode="json"),
-        },
+        identity=identity,
         inputs=[
             data.as_input("interactions"),
             *(artefact.as_input(name) for name, artefact in tables.items()),
+            *(artefact.as_input(f"{modality} states") for modality, artefact in kept.items()),
             *chosen.inputs,
         ],
         parameters={
@@ -148,6 +171,33 @@ def train_encoder_jointly(
         force=force,
     )
     return StageResult.of(outcome)
+
+
+def states_wanted(config: JointSettings, modality: Modality, text: TextConfig) -> StatesConfig | None:
+    """Which states of the encoder one modality is trained on, if any.
+
+    Args:
+        config: Of the joint training.
+        modality: Image or text.
+        text: Which text is encoded.
+    """
+    if modality == "fused" or not config.live.keep_states:
+        return None
+    which: dict[str, object]
+    if config.trained == "side":
+        if config.side.towers and modality not in config.side.towers:
+            return None
+        which = {"above": None, "every_nth": config.side.every_nth, "dtype": config.live.side_states}
+    else:
+        above = blocks_above(config.tuning, modality)
+        if above is None:
+            return None
+        which = {"above": above}
+    if modality == "text":
+        which["text"] = text
+    shared = {name: getattr(config.live, name) for name in ("chunk", "limits", "n_workers")}
+    what = {"encoder": config.encoder, "modality": modality, "device": config.device}
+    return StatesConfig.model_validate({**what, **which, **shared})
 
 
 def joint_label(encoder: str, model: str) -> str:
@@ -191,6 +241,7 @@ def _train(
     tables: Mapping[str, Artefact],
     config: JointSettings,
     *,
+    kept: Mapping[Modality, Artefact],
     chosen: ResolvedEncoder,
     live: Sequence[Modality],
     device: torch.device,
@@ -221,6 +272,7 @@ def _train(
             config.live,
             folder=draft.scratch / "live",
             text=_text_of(tables, live),
+            states={modality: open_states(states, pairs.item_ids) for modality, states in kept.items()},
             progress=states_progress,
         ) as rows,
         reporter.progress(name) as progress,
@@ -269,6 +321,8 @@ def _train(
         resumed_after=trained.resumed_after,
         seconds_by_phase=dict(trained.seconds),
         peak_memory_bytes=peak,
+        states_seconds=sum(states.manifest.seconds for states in kept.values()),
+        states_bytes=sum(states.manifest.bytes for states in kept.values()),
         n_trained=n_trained,
         summary={
             "best epoch": trained.best_epoch,
