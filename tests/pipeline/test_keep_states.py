@@ -311,6 +311,19 @@ def test_a_damaged_file_is_told_with_what_to_do(shop: Shop, tmp_path: Path) -> N
     assert len(open_states(remade.artefact, ids)) == 40
 
 
+def test_states_in_any_kind_of_store_are_read_back(any_store: Store, shop: Shop) -> None:
+    dataset = dataset_in(any_store)
+    artefact = keep_encoder_states(any_store, dataset.key, states(modality="text")).artefact
+    catalogue = read_catalogue(dataset)
+    rows = present_in(catalogue, "text")["text"].nonzero().squeeze(1)
+    found, expected = (
+        open_states(each, catalogue.item_ids) for each in (artefact, shop.keep(modality="text").artefact)
+    )
+    assert isinstance(found, StateFile)
+    assert isinstance(expected, StateFile)
+    assert torch.equal(found.read(rows, CPU).states, expected.read(rows, CPU).states)
+
+
 def test_states_go_with_what_needed_them_as_features_do(tmp_path: Path) -> None:
     shop = Shop(tmp_path)
     store, made = shop.store, shop.made
