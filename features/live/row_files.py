@@ -91,6 +91,13 @@ class RowReader:
         places: Rows = self._places[rows.cpu().numpy()]
         return places
 
+    def spread(self, values: Rows) -> Rows:
+        """(R,) numbers, one for each row of the arrays -> (I,) by item; 0 where an item has no row."""
+        found = np.zeros(len(self), dtype=np.int64)
+        has = self._places >= 0
+        found[has] = values[self._places[has]]
+        return found
+
 
 class RowWriter:
     """Writes arrays of a folder batch by batch; rows never written count as not there.

@@ -1,8 +1,10 @@
 """Hidden states of a catalogue's items below some block, in files: an epoch then costs the upper blocks."""
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -55,9 +57,12 @@ class StateFile:
 
     def length(self, row: int) -> int:
         """Tokens of an item; 0 for maps, which are all of one size."""
-        if not self._mask.shape[1]:
-            return 0
-        return int(self._mask[self.rows.places(torch.tensor([row]))].sum())
+        return int(self._lengths[row])
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        """(I,) tokens; asked for item by item in every step, so that they are counted once."""
+        return self.rows.spread(self._mask.sum(axis=1, dtype=np.int64))
 
 
 class StateWriter:

@@ -41,6 +41,7 @@ def test_rows_come_back_by_item_whatever_order_they_were_written_in(tmp_path: Pa
         places = read.places(wanted)
         assert read.arrays[0][places].tolist() == NUMBERS[wanted].tolist()
         assert read.arrays[1][places].tolist() == rows
+    assert read.spread(np.array([5, 6, 7])).tolist() == [0, 5, 0, 0, 6, 0, 7, 0]
     assert read.missing(torch.tensor([0, 1, 7])) == [0, 7]
     with pytest.raises(FeatureFileError, match=r"no state of item row 0 \(2 of 3 asked for have none\)"):
         read.places(torch.tensor([0, 1, 7]))
