@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import polars as pl
 from prefect import State, flow
-from prefect.artifacts import create_table_artifact
 
-from flows.reporting import Cell, NextStep, artifact_key, headline
+from flows.history import show_history
+from flows.reporting import NextStep
 from flows.tasks import run_stage
 from pipeline.encoder_specs import stored_spec
-from pipeline.stages.finetune_encoder import HISTORY_FILE, FinetuneSettings, finetune_encoder
+from pipeline.stages.finetune_encoder import FinetuneSettings, finetune_encoder
 from pipeline.stages.result import StageResult
-
-if TYPE_CHECKING:
-    from pipeline.store import Artefact
 
 NAME = "finetune-encoder"
 DEFAULTS = FinetuneSettings()
@@ -41,7 +35,7 @@ def finetune_encoder_flow(
     """
 
     def following(result: StageResult) -> list[NextStep]:
-        show_history(result)
+        show_history(NAME, result)
         settings = {"encoder": stored_spec(result.artefact), "text": config.text.model_dump(mode="json")}
         given = {"dataset": dataset, "config": settings, "store": store}
         return [NextStep("Encode the dataset with it", "extract-features", given)]
@@ -53,17 +47,3 @@ def finetune_encoder_flow(
         name=name,
         following=following,
     )
-
-
-def show_history(result: StageResult) -> None:
-    """Leave a table of losses, gradient norms and retrieval: an epoch a row."""
-    key = artifact_key(NAME, result.artefact.slug, "history")
-    create_table_artifact(history_rows(result.artefact), key=key, description=headline(result))
-
-
-def history_rows(encoder: Artefact) -> list[dict[str, Cell]]:
-    """The history of a fine-tuned encoder with figures that a person can read."""
-    history = pl.read_parquet(encoder.path(HISTORY_FILE))
-    floats = [pl.col(name).round_sig_figs(4) for name, dtype in history.schema.items() if dtype == pl.Float64]
-    rows: list[dict[str, Cell]] = history.with_columns(*floats, pl.col("epoch").cast(pl.Int64)).to_dicts()
-    return rows

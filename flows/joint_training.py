@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import polars as pl
 from prefect import State, flow
-from prefect.artifacts import create_table_artifact
 from prefect.states import Completed
 
 from features.indexing import IndexConfig
 from flows.build_index import build_index_flow
 from flows.extract_features import extract_features_flow
-from flows.reporting import TERMINAL, Cell, NextStep, artifact_key, headline, name_run
+from flows.history import show_history
+from flows.reporting import TERMINAL, NextStep, name_run
 from flows.subflows import run_subflow
 from flows.tasks import CACHED, failed, run_stage, store_address
 from pipeline.device import DeviceChoice
@@ -25,11 +24,8 @@ from pipeline.stages.extract_features import FeaturesConfig
 from pipeline.stages.keep_states import StatesConfig, keep_encoder_states
 from pipeline.stages.measure_joint import measure_joint
 from pipeline.stages.result import StageResult
-from pipeline.stages.train_jointly import HISTORY_FILE, JointSettings, train_encoder_jointly
+from pipeline.stages.train_jointly import JointSettings, train_encoder_jointly
 from pipeline.store import Store
-
-if TYPE_CHECKING:
-    from pipeline.store import Artefact
 
 NAME = "joint-training"
 KEEP = "keep-states"
@@ -119,7 +115,7 @@ def train_jointly_flow(
     """
 
     def following(result: StageResult) -> list[NextStep]:
-        show_history(result)
+        show_history(TRAIN, result)
         given = {"config": {"encoder": stored_spec(result.artefact)}, "dataset": dataset, "store": store}
         return [NextStep("Encode the dataset with it", "extract-features", given)]
 
@@ -185,18 +181,3 @@ class SubflowJointStages:
 
     def _run(self, subflow: Callable[..., State[State[str]]], **parameters: Any) -> StageResult:
         return run_subflow(self.store, subflow, store=self.address, force=self.force, **parameters)
-
-
-def show_history(result: StageResult) -> None:
-    """Leave a table of losses, gradient norms and validation metrics: an epoch a row."""
-    key = artifact_key(NAME, result.artefact.slug, "history")
-    create_table_artifact(history_rows(result.artefact), key=key, description=headline(result))
-
-
-def history_rows(encoder: Artefact) -> list[dict[str, Cell]]:
-    """The history of a joint training with figures that a person can read."""
-    history = pl.read_parquet(encoder.path(HISTORY_FILE))
-    floats = [pl.col(name).round_sig_figs(4) for name, dtype in history.schema.items() if dtype == pl.Float64]
-    columns = pl.col("epoch").cast(pl.Int64), (pl.col("joint") > 0)
-    rows: list[dict[str, Cell]] = history.with_columns(*floats).with_columns(*columns).to_dicts()
-    return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
@@ -36,6 +36,7 @@ from pipeline.stages.train_recommender import (
 from recommenders.joint import JointConfig, JointInput, train_jointly
 from recommenders.live import LiveTable
 from recommenders.models.registry import build_model, model_config
+from recommenders.training_settings import HistoryRow
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -291,6 +292,7 @@ def _train(
             rng=training_rng,
             checkpoint_folder=draft.scratch,
             progress=progress,
+            watch=_told(reporter, config.training.monitor),
         )
         n_trained = sum(parameter.numel() for parameter in rows.parameters())
     tuned.finish()
@@ -330,6 +332,18 @@ def _train(
             f"valid {monitor}": best,
         },
     )
+
+
+def _told(reporter: Reporter, monitor: str) -> Callable[[HistoryRow], bool]:
+    """Say how each epoch went; those before a kill are said again when it goes on."""
+    shown = ("loss", "gradient_norm_", f"valid_{monitor}")
+
+    def tell(row: HistoryRow) -> bool:
+        figures = [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in row if name.startswith(shown)]
+        reporter.say(f"  epoch {row['epoch']:g}: {', '.join(figures)}")
+        return False  # never ends the training
+
+    return tell
 
 
 def _text_of(tables: Mapping[str, Artefact], live: Sequence[Modality]) -> TextConfig:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from flows.extract_features import extract_features_flow
-from flows.finetune_encoder import finetune_encoder_flow, history_rows
+from flows.finetune_encoder import finetune_encoder_flow
+from flows.history import history_rows
 from flows.tasks import value_of
 from pipeline.config import parse_config
 from pipeline.datasets.config import DatasetConfig
@@ -58,10 +59,14 @@ def test_an_encoder_is_tuned_shown_reused_and_encoded_with(tmp_path: Path) -> No
         page,
         f"{page}-figures",
         f"{page}-history",
+        f"{page}-history-curves",
         f"{page}-link",
         "finetune-encoder-progress",
     }
     shown = str(keys["finetune-encoder-tiny-finetuned-history"].data)
+    drawn = str(keys[f"{page}-history-curves"].data)
+    assert 'title "gradient norm image text"' in drawn
+    assert 'title "retrieval"' in drawn
     rows = history_rows(encoder)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     for name in ("loss_co_purchase", "gradient_norm_image_text", "retrieval"):

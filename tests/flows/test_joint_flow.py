@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from flows.joint_training import history_rows, joint_training_flow
+from flows.history import history_rows
+from flows.joint_training import joint_training_flow
 from flows.tasks import value_of
 from pipeline.config import parse_config
 from pipeline.datasets.config import DatasetConfig
@@ -52,9 +55,20 @@ def test_a_run_leaves_all_artefacts_a_history_and_is_found_again(tmp_path: Path)
     rows = history_rows(encoder)
     assert [row["joint"] for row in rows] == [False, True, True]
     assert all(row["gradient_norm_text"] is not None for row in rows[1:])
+    drawn = artifact_of(f"train-jointly-{encoder.slug}-history-curves")
+    assert 'title "gradient norm text"' in drawn
+    assert 'title "valid recall@20"' in drawn
     subflows = [each for each in result.all() if not each.reused]
     assert len(subflows) == 5  # features, encoder, its features, the run, its index
     assert recorded(states[0])[0].name
+
+
+def artifact_of(key: str) -> str:
+    """What the server shows under a key, whichever flow left it."""
+    with get_client(sync_client=True) as client:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+        (artifact,) = client.read_artifacts(artifact_filter=wanted)
+    return str(artifact.data)
 
 
 def test_a_cancelled_run_goes_on_from_its_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
