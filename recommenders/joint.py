@@ -224,9 +224,37 @@ class _JointLoop(TrainingLoop):
     @override
     def train_epoch(self, epoch: int) -> HistoryRow:
         """Train the recommender alone in the warm-up, then both."""
+        if epoch <= self.joint.warmup_epochs:
+            row = {**super().train_epoch(epoch), "joint": 0.0}
+        else:
+            row = {**self._train_both(epoch), "joint": 1.0}
+        self._agree()
+        return row
+
+    @override
+    def measure_valid(self) -> HistoryRow:
+        """Measure validation; several processes take one's figures, as they have to choose one epoch."""
+        row = super().measure_valid()
+        figures = torch.tensor(list(row.values()), dtype=torch.float64, device=self.device)
+        self.live.peers.agree([figures])
+        return dict(zip(row, figures.tolist(), strict=True))
+
+    def _agree(self) -> None:
+        """Have all processes go on from one model, one encoder and one table.
+
+        Running statistics of an encoder are of the rows that a process encoded; and sums on a GPU have no
+        fixed order, so that copies of one model drift apart in their last digits.
+        """
+        peers = self.live.peers
+        if peers.n_processes == 1:
+            return
+        encoder = {name: value.to(self.device) for name, value in self.encoder.state().items()}
+        peers.agree([*self.model.parameters(), *encoder.values(), *self.live.state().values()])
+        self.encoder.load_state(encoder)
+
+    def _train_both(self, epoch: int) -> HistoryRow:
+        """Take one step per batch in which the batch's items are encoded."""
         first = self.joint.warmup_epochs + 1
-        if epoch < first:
-            return {**super().train_epoch(epoch), "joint": 0.0}
         every = self.joint.graph_every
         if every and epoch > first and (epoch - first) % every == 0:
             self.model.refresh_graph(self.features)
@@ -250,14 +278,14 @@ class _JointLoop(TrainingLoop):
         self.features = self.live.table()
         row = {"loss": float(np.average(torch.stack(losses).double().cpu().numpy(), weights=sizes))}
         row |= {f"gradient_norm_{name}": float(torch.stack(found).mean()) for name, found in norms.items()}
-        return {**row, "joint": 1.0}
+        return row
 
     def _step(self, batch: Batch) -> Tensor:
         """Give all parameters their gradients; return the loss."""
         self.optimizer.zero_grad()
         self.encoder_optimizer.zero_grad()
         items = torch.unique(torch.cat([batch.positives, batch.negatives.flatten()]))
-        return self.live.step(items, lambda table, rows: self._loss_of(batch, table, rows))
+        return self.live.step(items, lambda table, rows: self._loss_of(batch, table, rows), self.steps)
 
     def _loss_of(self, batch: Batch, table: FeatureTable, rows: Mapping[str, LiveRows]) -> Tensor:
         loss = self.model.loss(batch, table)
@@ -306,8 +334,16 @@ class _JointLoop(TrainingLoop):
             self._refresh()
 
     def _refresh(self) -> None:
+        self._agree()
         self.live.refresh()
         self.clock.lap("refresh")
+
+    @override
+    def resume(self, folder: Path, identity: Mapping[str, str]) -> int:
+        """Take over the folder's checkpoint; none is written before every process has read it."""
+        n_epochs = super().resume(folder, identity)
+        self.live.peers.agree([])
+        return n_epochs
 
     @override
     def snapshot(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ batch once).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +52,11 @@ class RowEncoder(Protocol):
 class Peers(Protocol):
     """Processes that train one model together, each encoding a share of the rows."""
 
+    @property
+    def n_processes(self) -> int:
+        """How many there are."""
+        ...
+
     def own(self, n_rows: int) -> slice:
         """Return which of n rows this process encodes."""
         ...
@@ -63,9 +69,19 @@ class Peers(Protocol):
         """Replace each parameter's gradient by its sum over the processes; None where none has one."""
         ...
 
+    def agree(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite dense tensors with those of the first process, once all processes are here."""
+        ...
+
+    def randomness(self, step: int, place: int, device: torch.device) -> AbstractContextManager[None]:
+        """Give what a process draws for its rows a stream of its own; the one all share stays as it was."""
+        ...
+
 
 class Alone:
     """One process, which encodes all rows."""
+
+    n_processes = 1
 
     def own(self, n_rows: int) -> slice:
         """Return all of them."""
@@ -77,6 +93,13 @@ class Alone:
 
     def add_up_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Leave them as they are."""
+
+    def agree(self, tensors: Sequence[Tensor]) -> None:
+        """Leave them as they are."""
+
+    def randomness(self, step: int, place: int, device: torch.device) -> AbstractContextManager[None]:  # noqa: ARG002 - as Peers has it
+        """Leave the stream as it is."""
+        return nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +128,9 @@ class LiveTable:
         self._vectors = {name: table.clone() for name, table in features.vectors.items()}
         self._present = features.present
         self._live = [name for name in features.modalities if name in encoder.modalities]
-        self._encoder, self._finish, self._peers = encoder, finish, peers or Alone()
+        self._encoder, self._finish = encoder, finish
+        self.peers = peers or Alone()
+        """The processes that share the encoding."""
 
     def table(self) -> FeatureTable:
         """Return every row as it was encoded last, without gradient."""
@@ -121,24 +146,29 @@ class LiveTable:
             table.copy_(state[name])
 
     def step(
-        self, items: Tensor, loss_of: Callable[[FeatureTable, Mapping[str, LiveRows]], Tensor]
+        self,
+        items: Tensor,
+        loss_of: Callable[[FeatureTable, Mapping[str, LiveRows]], Tensor],
+        number: int = 0,
     ) -> Tensor:
         """Give all parameters, the encoder's too, the gradients of a loss; nothing is set to zero before.
 
         Args:
             items: (R,) distinct item rows that are to be live; those without a modality are not, in it.
             loss_of: The table with live rows, and those rows by modality -> the loss, a scalar.
+            number: Of the step; what each of several processes draws for its rows follows from it.
 
         Returns:
             The loss, detached.
         """
         rows, raw, live = {}, {}, {}
         vectors = dict(self._vectors)
-        for name in self._live:
+        for place, name in enumerate(self._live):
             rows[name] = items[self._present[name][items]]
-            own = self._peers.own(len(rows[name]))
-            encoded = self._encoder.encode(name, rows[name][own])
-            raw[name] = self._peers.gather(encoded, len(rows[name])).requires_grad_()
+            own = self.peers.own(len(rows[name]))
+            with self.peers.randomness(number, place, items.device):
+                encoded = self._encoder.encode(name, rows[name][own])
+            raw[name] = self.peers.gather(encoded, len(rows[name])).requires_grad_()
             live[name] = LiveRows(rows[name], self._finish(name, raw[name]))
             vectors[name] = vectors[name].index_copy(0, rows[name], live[name].vectors)
         loss = loss_of(FeatureTable(vectors, self._present), live)
@@ -146,10 +176,10 @@ class LiveTable:
         for name in self._live:
             gradient = raw[name].grad
             if gradient is not None:  # no row of it reached the loss
-                self._encoder.backward(name, gradient[self._peers.own(len(gradient))])
+                self._encoder.backward(name, gradient[self.peers.own(len(gradient))])
             with torch.no_grad():
                 self._vectors[name][rows[name]] = live[name].vectors.detach()
-        self._peers.add_up_gradients(list(self._encoder.parameters()))
+        self.peers.add_up_gradients(list(self._encoder.parameters()))
         return loss.detach()
 
     @torch.no_grad()
@@ -157,7 +187,7 @@ class LiveTable:
         """Encode every present row anew, as the encoder is now."""
         for name in self._live:
             rows = self._present[name].nonzero().squeeze(1)
-            own = self._peers.own(len(rows))
+            own = self.peers.own(len(rows))
             encoded = self._encoder.encode_all(name, rows[own])
-            gathered = self._peers.gather(encoded, len(rows))
+            gathered = self.peers.gather(encoded, len(rows))
             self._vectors[name][rows] = self._finish(name, gathered).to(self._vectors[name].dtype)

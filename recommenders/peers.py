@@ -9,10 +9,49 @@ won by dealing them out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others in a collective call: one of them may be writing to a slow disk.
+Whoever started them sees when one dies, and stops the rest."""
+
+
+def join_peers(rank: int, n_processes: int, meeting: Path, *, cpu: bool) -> AcceleratePeers:
+    """Meet the other processes of this machine; to be called once, before anything else of the kind.
+
+    Args:
+        rank: Number of this process, from 0. On GPUs it has the GPU of this number.
+        n_processes: How many meet.
+        meeting: A file that does not exist, the same for all: unlike a port, nobody else can take it.
+        cpu: Meet over gloo on the CPU; false: over nccl.
+    """
+    os.environ |= {  # accelerate reads them
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n_processes),
+        "LOCAL_WORLD_SIZE": str(n_processes),
+    }
+    if cpu and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing leaves this machine
+    if not cpu:
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(
+        "gloo" if cpu else "nccl",
+        store=torch.distributed.FileStore(str(meeting), n_processes),  # type: ignore[attr-defined] # it is there
+        rank=rank,
+        world_size=n_processes,
+        timeout=PATIENCE,
+    )
+    return AcceleratePeers(cpu=cpu)
 
 
 class AcceleratePeers:
@@ -84,3 +123,37 @@ class AcceleratePeers:
             part = summed[start : start + parameter.numel()].reshape(parameter.shape).to(parameter.dtype)
             parameter.grad = part.clone()
             start += parameter.numel()
+
+    def agree(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite dense tensors with those of process 0, once all processes are here."""
+        if self.n_processes == 1:
+            return
+        for tensor in tensors:
+            whole = tensor.detach()  # shares its memory with what is to be overwritten
+            if whole.is_contiguous():
+                torch.distributed.broadcast(whole, src=0)
+            else:
+                copy = whole.contiguous()
+                torch.distributed.broadcast(copy, src=0)
+                whole.copy_(copy)
+        self._state.wait_for_everyone()  # who sends does not wait for those who receive
+
+    @contextmanager
+    def randomness(self, step: int, place: int, device: torch.device) -> Iterator[None]:
+        """Give what this process draws for its rows a stream of its own; the one all share stays as it was.
+
+        Shares are of unequal size: drawn from the common stream, dropout in the encoder would leave each
+        process at another place of it, and their recommenders would differ from then on.
+
+        Args:
+            step: Number of the step; a step that is done again draws the same.
+            place: Number of what is drawn for within a step.
+            device: On which there is randomness, too.
+        """
+        if self.n_processes == 1:
+            yield
+            return
+        what = [torch.initial_seed(), step, place, self.rank]
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(np.random.SeedSequence(what).generate_state(1, np.uint64)[0]))
+            yield

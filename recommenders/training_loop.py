@@ -129,7 +129,7 @@ class TrainingLoop:
         epoch = self.epoch + 1
         row: HistoryRow = {"epoch": epoch, **self.train_epoch(epoch)}
         if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
-            row |= self._evaluate()
+            row |= self.measure_valid()
             best = self.history[self.best_epoch - 1][self.monitor] if self.best_epoch else -math.inf
             if row[self.monitor] > best:
                 self.best_epoch = epoch
@@ -247,7 +247,7 @@ class TrainingLoop:
         """Column of the history that chooses the best epoch."""
         return f"valid_{self.config.monitor}"
 
-    def _evaluate(self) -> HistoryRow:
+    def measure_valid(self) -> HistoryRow:
         """Measure validation, training pairs masked."""
         self.model.eval()
         measured = evaluate(

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from recommenders.peers import AcceleratePeers
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -52,3 +54,32 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     for state in both:
         for name, value in alone.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Second(AcceleratePeers):
+    """The second of two processes, without the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    rank = 1  # type: ignore[assignment] # a property where there is a first
+    n_processes = 2  # type: ignore[assignment] # as above
+
+
+def test_what_a_process_draws_for_its_rows_leaves_the_common_stream_as_it_was() -> None:
+    def drawn(peers: AcceleratePeers, step: int, place: int = 0) -> torch.Tensor:
+        with peers.randomness(step, place, torch.device("cpu")):
+            return torch.rand(4)
+
+    second = Second()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        expected = torch.rand(4)
+        torch.manual_seed(0)
+        mine = drawn(second, 7)
+        assert torch.equal(torch.rand(4), expected)
+        assert torch.equal(drawn(second, 7), mine)  # a step that is done again
+        assert not torch.equal(drawn(second, 8), mine)
+        assert not torch.equal(drawn(second, 7, place=1), mine)
+        second.rank = 0  # type: ignore[misc] # as above
+        assert not torch.equal(drawn(second, 7), mine)
