@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from features.catalogue import TextConfig
 from features.encoders.base import EncoderInfo
@@ -77,6 +77,9 @@ class ParadigmsConfig(BaseModel, frozen=True, extra="forbid"):
     )
     live: LiveConfig = Field(default_factory=LiveConfig)
     joint: JointConfig = Field(default_factory=JointConfig)
+    processes: PositiveInt = Field(
+        1, description="Processes that share the encoding in joint training; with GPUs one each."
+    )
     controls: bool = Field(
         True,
         description="Add what a comparison needs to be called controlled: random and shuffled features for "

@@ -254,6 +254,7 @@ class _Study:
                 trained=config.trained,
                 live=config.live,
                 joint=config.joint,
+                processes=config.processes,
             )
             made = run_joint(wanted, self.stages, self.dataset)
             assert made.run is not None  # noqa: S101 - a finished run has one

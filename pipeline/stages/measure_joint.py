@@ -68,7 +68,9 @@ def measure_joint(
             "the encoder artefact of `tandem joint`."
         )
     names = [name for name in JointSettings.model_fields if name != "device"]
-    settings = JointSettings.model_validate({name: shown[name] for name in names} | {"device": device})
+    # What an encoder of before a setting existed does not say of it is the default.
+    known = {name: shown[name] for name in names if name in shown}
+    settings = JointSettings.model_validate(known | {"device": device})
     config = settings.run()
     data = store.get(str(shown["dataset"]), "dataset")
     tables = by_name([store.get(ref, "features") for ref in features], config.model)

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
-import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from safetensors.torch import save_file
 
 from features.catalogue import Modality, TextConfig
-from features.live.building import LiveConfig, live_encoder
+from features.live.building import LiveConfig
 from features.live.keeping import blocks_above
-from features.tuning.modes import Tuned, TuningConfig, prepare_tuning
+from features.tuning.modes import TuningConfig
 from features.tuning.side import SideConfig
-from features.tuning.side_mode import SideTuned, prepare_side
 from pipeline.device import choose_device
-from pipeline.encoder_specs import ResolvedEncoder, resolve_encoder, store_encoder
+from pipeline.encoder_specs import resolve_encoder, store_encoder
 from pipeline.errors import ConfigError
+from pipeline.joint_work import JointlyTrained, JointWork, text_of, train
+from pipeline.joint_workers import check_processes, train_in_processes
 from pipeline.manifest import artefact_key
 from pipeline.peak_memory import forget_peak_memory, peak_memory
 from pipeline.progress import SILENT, Reporter
-from pipeline.reading import read_catalogue, read_features, read_for_choosing
+from pipeline.reading import read_catalogue
 from pipeline.stages.extract_features import encoder_label
-from pipeline.stages.keep_states import StatesConfig, keep_encoder_states, open_states, states_identity
+from pipeline.stages.keep_states import StatesConfig, keep_encoder_states, states_identity
 from pipeline.stages.result import StageResult
 from pipeline.stages.train_recommender import (
     RunSettings,
@@ -33,10 +33,8 @@ from pipeline.stages.train_recommender import (
     run_identity,
     shown_encoder,
 )
-from recommenders.joint import JointConfig, JointInput, train_jointly
-from recommenders.live import LiveTable
-from recommenders.models.registry import build_model, model_config
-from recommenders.training_settings import HistoryRow
+from recommenders.joint import JointConfig
+from recommenders.models.registry import model_config
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
@@ -64,6 +62,9 @@ class JointSettings(RunSettings, frozen=True, extra="forbid"):
     )
     live: LiveConfig = Field(default_factory=LiveConfig)
     joint: JointConfig = Field(default_factory=JointConfig)
+    processes: PositiveInt = Field(
+        1, description="Processes that share the encoding of each step; with GPUs one each."
+    )
 
     def run(self) -> RunSettings:
         """Return the recommender's settings alone."""
@@ -95,9 +96,10 @@ def train_encoder_jointly(
         force: Train again although the store has the encoder.
 
     Raises:
-        ConfigError: No feature artefact was made by this encoder, or reading fuses what has to stay apart.
+        ConfigError: No feature artefact was made by this encoder, reading fuses what has to stay apart, or
+            there are fewer GPUs than processes.
         EncoderError: The encoder cannot be had, tuned so, or saved.
-        TrainingError: The recommender cannot be trained so.
+        TrainingError: The recommender cannot be trained so, or one of several processes was killed.
     """
     data = store.get(dataset, "dataset")
     tables = by_name([store.get(ref, "features") for ref in features], config.model)
@@ -106,28 +108,11 @@ def train_encoder_jointly(
     info = chosen.describe()
     live = live_names(tables, info, config)
     device = choose_device(config.device)
+    check_processes(config.processes, device)
     label = joint_label(encoder_label(chosen.spec, info), config.model)
-    catalogue = read_catalogue(data)
-    wanted = {modality: states_wanted(config, modality, _text_of(tables, live)) for modality in live}
+    wanted = {modality: states_wanted(config, modality, text_of(tables, live)) for modality in live}
     asked = {modality: states for modality, states in wanted.items() if states is not None}
-    identity: dict[str, JsonValue] = {
-        **run_identity(data, tables, config.run(), device),
-        "encoder": {"weights": info.weights_sha256, "preprocessing": info.preprocessing_sha256},
-        **(
-            {"tuning": config.tuning.model_dump(mode="json")}
-            if config.trained == "encoder"
-            else {"side": config.side.model_dump(mode="json")}
-        ),
-        "live": config.live.model_dump(
-            mode="json", include={"chunk", "precision", "keep_states", "side_states"}
-        ),
-        "joint": config.joint.model_dump(mode="json"),
-    }
-    if asked:
-        identity["states"] = {
-            modality: artefact_key("states", states_identity(catalogue, states, info))
-            for modality, states in asked.items()
-        }
+    identity = _identity(data, tables, config, info=info, device=device, asked=asked)
     if not force and (found := store.find("encoder", artefact_key("encoder", identity))) is not None:
         return StageResult.reusing(found)  # without making states that nobody would read
     kept = {
@@ -136,18 +121,19 @@ def train_encoder_jointly(
     }
 
     def make(draft: Draft) -> None:
-        _train(
-            draft,
-            data,
-            tables,
-            config,
+        work = JointWork(
+            data=data,
+            tables=tables,
             kept=kept,
+            config=config,
             chosen=chosen,
             live=live,
             device=device,
             label=label,
-            reporter=reporter,
+            scratch=draft.scratch,
         )
+        trained, took = _train(work, reporter)
+        _keep(draft, work, trained, took)
 
     outcome = store.produce(
         "encoder",
@@ -236,118 +222,93 @@ def live_names(
     return cast("tuple[Modality, ...]", tuple(live))
 
 
-def _train(
-    draft: Draft,
+def _identity(
     data: Artefact,
     tables: Mapping[str, Artefact],
     config: JointSettings,
     *,
-    kept: Mapping[Modality, Artefact],
-    chosen: ResolvedEncoder,
-    live: Sequence[Modality],
+    info: EncoderInfo,
     device: torch.device,
-    label: str,
-    reporter: Reporter,
-) -> None:
-    pairs = read_for_choosing(data)
-    read = read_features(tables, pairs.item_ids, config.reading, pairs.train)
-    table = read.table.to(device)
-    forget_peak_memory(device)
+    asked: Mapping[Modality, StatesConfig],
+) -> dict[str, JsonValue]:
+    """All that can change the encoder."""
+    identity: dict[str, JsonValue] = {
+        **run_identity(data, tables, config.run(), device),
+        "encoder": {"weights": info.weights_sha256, "preprocessing": info.preprocessing_sha256},
+        **(
+            {"tuning": config.tuning.model_dump(mode="json")}
+            if config.trained == "encoder"
+            else {"side": config.side.model_dump(mode="json")}
+        ),
+        "live": config.live.model_dump(
+            mode="json", include={"chunk", "precision", "keep_states", "side_states"}
+        ),
+        "joint": config.joint.model_dump(mode="json"),
+    }
+    if config.processes > 1:
+        # Shares of a step add up in another order, so that last digits differ, as with another live.chunk.
+        # One process is left out: encoders that were trained before there were several keep their keys.
+        identity["processes"] = config.processes
+    if asked:
+        catalogue = read_catalogue(data)
+        identity["states"] = {
+            modality: artefact_key("states", states_identity(catalogue, states, info))
+            for modality, states in asked.items()
+        }
+    return identity
+
+
+def _train(work: JointWork, reporter: Reporter) -> tuple[JointlyTrained, dict[str, JsonValue]]:
+    """Train in as many processes as asked for; return what was trained, and what it took."""
+    forget_peak_memory(work.device)
     started = time.perf_counter()
-    encoder = chosen.load(device=device)
-    tuned: Tuned | SideTuned
-    if config.trained == "encoder":
-        tuned = prepare_tuning(encoder, config.tuning, seed=config.seed)
+    if work.config.processes == 1:
+        trained = train(work, reporter, live_folder=work.scratch / "live")
+        peak = peak_memory(work.device)
     else:
-        tuned = prepare_side(encoder, config.side, seed=config.seed)
-    init_rng, training_rng = np.random.default_rng(config.seed).spawn(2)
-    model = build_model(config.model, config.settings, pairs.train, table, init_rng).to(device)
-    name = f"{config.model} with {encoder_label(chosen.spec, encoder.info)} seed {config.seed}"
-    with (
-        reporter.progress(f"states of {label}") as states_progress,
-        live_encoder(
-            tuned,
-            read_catalogue(data),
-            live,
-            table.present,
-            config.live,
-            folder=draft.scratch / "live",
-            text=_text_of(tables, live),
-            states={modality: open_states(states, pairs.item_ids) for modality, states in kept.items()},
-            progress=states_progress,
-        ) as rows,
-        reporter.progress(name) as progress,
-    ):
-        trained = train_jointly(
-            model,
-            pairs.train,
-            pairs.valid,
-            JointInput(
-                LiveTable(table, rows, lambda modality, raw: read.transforms[modality].map_rows(raw)),
-                rows,
-                config.joint,
-            ),
-            config.training,
-            evaluation=config.evaluation,
-            rng=training_rng,
-            checkpoint_folder=draft.scratch,
-            progress=progress,
-            watch=_told(reporter, config.training.monitor),
-        )
-        n_trained = sum(parameter.numel() for parameter in rows.parameters())
-    tuned.finish()
-    seconds, peak = time.perf_counter() - started, peak_memory(device)
+        trained, peak = train_in_processes(work, work.config.processes, reporter)
+    trained.tuned.finish()
+    seconds = time.perf_counter() - started
+    return trained, {
+        "train_seconds": seconds,
+        "peak_memory_bytes": peak,
+        "processes": work.config.processes,
+    }
+
+
+def _keep(draft: Draft, work: JointWork, trained: JointlyTrained, took: Mapping[str, JsonValue]) -> None:
+    """Fill the draft: the encoder in plain form, the recommender's parameters, the history, the facts."""
+    config, result = work.config, trained.result
     store_encoder(
         draft,
-        tuned.encoder.cpu(),
-        name=label,
+        trained.tuned.encoder.cpu(),
+        name=work.label,
         provenance={
             "made_by": "joint-training",
             "encoder": config.encoder,
             "recommender": config.model,
-            "dataset": data.key,
+            "dataset": work.data.key,
             "seed": config.seed,
-            "best_epoch": trained.best_epoch,
+            "best_epoch": result.best_epoch,
         },
     )
-    state = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
-    save_file(state, draft.path(RECOMMENDER_FILE))
-    trained.history_frame().write_parquet(draft.path(HISTORY_FILE))
+    save_file(trained.recommender, draft.path(RECOMMENDER_FILE))
+    result.history_frame().write_parquet(draft.path(HISTORY_FILE))
     monitor = config.training.monitor
-    best = trained.history[trained.best_epoch - 1][f"valid_{monitor}"] if trained.best_epoch else None
+    best = result.history[result.best_epoch - 1][f"valid_{monitor}"] if result.best_epoch else None
     draft.record(
-        train_seconds=seconds,
-        epochs=len(trained.history),
-        best_epoch=trained.best_epoch,
-        stopped_early=trained.stopped_early,
-        resumed_after=trained.resumed_after,
-        seconds_by_phase=dict(trained.seconds),
-        peak_memory_bytes=peak,
-        states_seconds=sum(states.manifest.seconds for states in kept.values()),
-        states_bytes=sum(states.manifest.bytes for states in kept.values()),
-        n_trained=n_trained,
+        **took,
+        epochs=len(result.history),
+        best_epoch=result.best_epoch,
+        stopped_early=result.stopped_early,
+        resumed_after=result.resumed_after,
+        seconds_by_phase=dict(result.seconds),
+        states_seconds=sum(states.manifest.seconds for states in work.kept.values()),
+        states_bytes=sum(states.manifest.bytes for states in work.kept.values()),
+        n_trained=trained.n_trained,
         summary={
-            "best epoch": trained.best_epoch,
+            "best epoch": result.best_epoch,
             "of which frozen": config.joint.warmup_epochs,
             f"valid {monitor}": best,
         },
     )
-
-
-def _told(reporter: Reporter, monitor: str) -> Callable[[HistoryRow], bool]:
-    """Say how each epoch went; those before a kill are said again when it goes on."""
-    shown = ("loss", "gradient_norm_", f"valid_{monitor}")
-
-    def tell(row: HistoryRow) -> bool:
-        figures = [f"{name.replace('_', ' ')} {row[name]:.4g}" for name in row if name.startswith(shown)]
-        reporter.say(f"  epoch {row['epoch']:g}: {', '.join(figures)}")
-        return False  # never ends the training
-
-    return tell
-
-
-def _text_of(tables: Mapping[str, Artefact], live: Sequence[Modality]) -> TextConfig:
-    """Which text was encoded, where texts are live."""
-    if "text" not in live:
-        return TextConfig()
-    return TextConfig.model_validate(tables["text"].manifest.parameters["text"])
