@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 MOST_POINTS = 60
 """More are not told apart at the width of a page; every so many epochs is shown then, and the last."""
 
+_COLOUR = '%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#1860f2"}}}}%%'
+"""Mermaid's own first colour can hardly be seen on a light page."""
+
 
 def curves(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
-    """Markdown with a chart for each column that has at least two numbers.
+    """Markdown with a chart for each column that has at least two numbers, not all of them 0.
 
     Args:
         rows: An epoch each, in order, with ``epoch``; a column that is missing or null has no point there.
@@ -18,8 +21,12 @@ def curves(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
     Returns:
         Empty where there is nothing to draw.
     """
-    drawn = [_chart(name, points) for name in columns if len(points := _points(rows, name)) > 1]
+    drawn = [_chart(name, points) for name in columns if _is_curve(points := _points(rows, name))]
     return "\n\n".join(drawn)
+
+
+def _is_curve(points: Sequence[tuple[int, float]]) -> bool:
+    return len(points) > 1 and any(value for _, value in points)
 
 
 def _points(rows: Sequence[Mapping[str, object]], column: str) -> list[tuple[int, float]]:
@@ -40,6 +47,7 @@ def _chart(column: str, points: Sequence[tuple[int, float]]) -> str:
     return "\n".join(
         [
             "```mermaid",
+            _COLOUR,
             "xychart-beta",
             f'    title "{name}"',
             f'    x-axis "epoch" [{", ".join(str(epoch) for epoch, _ in points)}]',

@@ -25,6 +25,7 @@ def test_a_flat_curve_has_an_axis_and_one_point_is_no_curve() -> None:
     flat = curves([{"epoch": n, "loss": 2.0} for n in (1, 2)], ["loss"])
     assert '"" 1.9 --> 2.1' in flat
     assert not curves([{"epoch": 1, "loss": 2.0}], ["loss"])
+    assert not curves([{"epoch": n, "norm": 0.0} for n in (1, 2)], ["norm"])
 
 
 def test_long_trainings_keep_first_and_last_of_few_points() -> None:

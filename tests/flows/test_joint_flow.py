@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from prefect import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.sorting import ArtifactSort
 
 from flows.history import history_rows
 from flows.joint_training import joint_training_flow
@@ -64,11 +65,11 @@ def test_a_run_leaves_all_artefacts_a_history_and_is_found_again(tmp_path: Path)
 
 
 def artifact_of(key: str) -> str:
-    """What the server shows under a key, whichever flow left it."""
+    """What the server shows under a key, whichever run left it last."""
     with get_client(sync_client=True) as client:
         wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
-        (artifact,) = client.read_artifacts(artifact_filter=wanted)
-    return str(artifact.data)
+        found = client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC, limit=1)
+    return str(found[0].data)
 
 
 def test_a_cancelled_run_goes_on_from_its_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
