@@ -1,7 +1,6 @@
 """Contrastive training: the loss against plain loops, two steps by hand, and real learning."""
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,13 +20,7 @@ from features.contrastive import (
 from features.encoders.tiny import build_tiny, train_tiny_tokenizer
 from features.errors import FeatureError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain_loss(images: np.ndarray, texts: np.ndarray, scale: float, positives: np.ndarray) -> float:

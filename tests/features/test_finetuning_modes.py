@@ -19,15 +19,9 @@ from tests.features.small_encoder import small_catalogue
 from tests.features.test_finetuning import KilledError, config, killed_after, pairs_of
 from tests.features.test_finetuning_objectives import ALL, vlmo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_ITEMS = 30
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

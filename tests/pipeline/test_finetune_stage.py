@@ -36,6 +36,8 @@ from pipeline.stages.prepare_dataset import prepare_dataset
 from pipeline.store import Artefact, Store
 from tests.pipeline.small_runs import SMALL_DATASET
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def settings(**finetuning: Any) -> FinetuneSettings:
     raw = {
@@ -52,14 +54,6 @@ def settings(**finetuning: Any) -> FinetuneSettings:
 
 
 WITH_PAIRS = {"objectives": {"image_text": 0.5, "co_purchase": 1.0}}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

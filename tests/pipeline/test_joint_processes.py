@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,8 @@ from pipeline.store import Artefact, Store
 from recommenders.errors import TrainingError
 from tests.pipeline.test_joint_stage import dataset_in, way
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FILES = ("model.safetensors", RECOMMENDER_FILE)
 # The picture tower takes statistics over a chunk, which shares of a step have fewer rows for. The one
 # validation is after the last epoch, so that the epoch it chooses is one in which the encoder was trained.
@@ -36,14 +37,6 @@ TEXTS_TRAINED = way(
     training={"epochs": 3, "eval_every": 3},
     joint={"warmup_epochs": 1, "learning_rate": 1e-4},
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from pipeline.stages.train_recommender import train_recommender
 from pipeline.store import Artefact, Store
 from tests.pipeline.small_runs import SMALL_DATASET
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RAW: dict[str, Any] = {
     "encoder": "tiny",
@@ -51,14 +53,6 @@ def way(**changes: Any) -> JointWayConfig:
     for key, value in changes.items():
         raw[key] = {**raw.get(key, {}), **value} if isinstance(value, dict) else value
     return parse_config(raw, JointWayConfig)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ from pipeline.store import Artefact, Store
 from recommenders.joint import TrainingLoop
 from tests.pipeline.small_runs import SMALL_DATASET
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 RAW: dict[str, Any] = {
     "encoder": "tiny",
@@ -76,14 +78,6 @@ def dataset_in(store: Store) -> Artefact:
 def present_in(catalogue: Catalogue, modality: Any) -> dict[str, Tensor]:
     hashes = catalogue.contents(modality).hashes
     return {modality: torch.tensor([content is not None for content in hashes])}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Shop:

@@ -39,6 +39,8 @@ from pipeline.store import Store
 from recommenders.significance import holm
 from tests.pipeline.small_runs import SMALL_DATASET
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STUDY: dict[str, Any] = {
     "name": "study",
     "dataset": SMALL_DATASET,
@@ -71,14 +73,6 @@ FREE = Costs(0, 0, 0, 0, 0, 0, "CPU")
 
 def study(**changes: Any) -> ParadigmsConfig:
     return parse_config(STUDY | changes, ParadigmsConfig)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
