@@ -131,12 +131,12 @@ def measure_one(name: str, epochs: int) -> dict[str, object]:
         start = time.perf_counter()
         model = build_model(name, settings, pairs, features, np.random.default_rng(0))
         built = time.perf_counter() - start
-        config = TrainingConfig(epochs=epochs + 1, batch_size=BATCH_SIZE, eval_every=10_000, patience=0)
+        config = TrainingConfig(epochs=epochs + 2, batch_size=BATCH_SIZE, eval_every=10_000, patience=0)
         evaluation = EvaluationConfig(ks=(20,))
         trained = train(
             model, pairs, valid, features, config, evaluation=evaluation, rng=np.random.default_rng(1)
         )
-        seconds = [row["seconds"] for row in trained.history][1:]
+        seconds = [row["seconds"] for row in trained.history][1:-1]  # the last one is evaluated, too
         model.eval()
         with torch.no_grad():
             start = time.perf_counter()
