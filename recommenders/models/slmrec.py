@@ -19,7 +19,7 @@ from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph
 from recommenders.interactions import Interactions
 from recommenders.item_graphs import are_live
-from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
+from recommenders.losses import bpr_loss, half_squared_norm, info_nce, info_nce_of_pairs, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of
 from recommenders.models.layers import Affine
 from recommenders.models.modality_encoder import ModalityEncoder, SmoothFeatures
@@ -114,8 +114,9 @@ class Slmrec(Recommender):
         """Return ranking plus contrast plus L2, reading out the batch's rows only."""
         item_rows = self._items(batch)
         items, places = torch.unique(item_rows, return_inverse=True)
-        of_users, of_items = self._parts_at(features, batch.users, items)
-        loss = self._ranking(of_users, of_items, places)
+        users, user_places = torch.unique(batch.users, return_inverse=True)
+        of_users, of_items = self._parts_at(features, users, items)
+        loss = self._ranking(of_users, of_items, user_places, places)
         if self.config.ssl_weight:
             positives = torch.unique(places[:, 0])
             if self.config.task == "fac":
@@ -125,7 +126,7 @@ class Slmrec(Recommender):
                 contrast = self._fine_and_coarse(parts)
             else:
                 inputs = self.encoder.inputs(features)
-                contrast = self._two_views(torch.unique(batch.users), items[positives], inputs)
+                contrast = self._two_views(users, items[positives], inputs)
             loss = loss + self.config.ssl_weight * contrast
         own = [rows_of(self.encoder.users, batch.users), rows_of(self.encoder.items, item_rows)]
         return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
@@ -150,14 +151,18 @@ class Slmrec(Recommender):
         """Return the (B, K) items that the ranking loss scores."""
         return batch_items(batch) if self.config.main_loss == "bpr" else batch.positives.unsqueeze(1)
 
-    def _ranking(self, of_users: list[Tensor], of_items: list[Tensor], places: Tensor) -> Tensor:
-        """Return the ranking loss of B users' parts, (B, D) each, and S items', read at (B, K) places."""
+    def _ranking(
+        self, of_users: list[Tensor], of_items: list[Tensor], user_places: Tensor, item_places: Tensor
+    ) -> Tensor:
+        """Return the ranking loss of pairs, (B,) places and (B, K) places, in parts of R users and S items."""
         users = self.encoder.read_users(torch.cat(of_users, dim=1))
-        items = rows_of(self.encoder.read_items(torch.cat(of_items, dim=1)), places)
+        items = self.encoder.read_items(torch.cat(of_items, dim=1))
         if self.config.main_loss == "bpr":
-            return bpr_loss(pair_scores(users, items))
-        positives = items.squeeze(1)
-        return info_nce(normalize(users, dim=1), normalize(positives, dim=1), self.config.temperature)
+            return bpr_loss(pair_scores(rows_of(users, user_places), rows_of(items, item_places)))
+        users, items = normalize(users, dim=1), normalize(items, dim=1)
+        return info_nce_of_pairs(
+            users, items, self.config.temperature, (user_places, item_places.squeeze(1))
+        )
 
     def _fine_and_coarse(self, parts: list[Tensor]) -> Tensor:
         """Return the sum over modalities of the contrast of R items' parts, (R, D) each."""

@@ -67,6 +67,7 @@ class Vbpr(Recommender):
         super().__init__(train, features, config, rng)
         self.l2 = config.l2
         self.l2_projection = config.l2_projection
+        self.content_dim = config.content_dim
         # [gamma_u, theta_u]: each drawn as a matrix of its own, kept as one, as a step then costs less.
         factors = xavier_uniform(rng, self.n_users, config.dim)
         self.item_factors = xavier_uniform(rng, self.n_items, config.dim)  # gamma_i
@@ -90,21 +91,21 @@ class Vbpr(Recommender):
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:
         """Return BPR plus L2, touching only the batch's rows and projecting each of its items once."""
-        item_rows = batch_items(batch)  # (B, 1 + N)
-        distinct, places = torch.unique(item_rows, return_inverse=True)
+        distinct, places, counts = torch.unique(batch_items(batch), return_inverse=True, return_counts=True)
         vectors = {name: rows_of(features.vectors[name], distinct) for name in self.projections}
-        bias = rows_of(self.item_bias, distinct)
-        items = rows_of(self._items(rows_of(self.item_factors, distinct), bias, vectors), places)
+        factors, bias = rows_of(self.item_factors, distinct), rows_of(self.item_bias, distinct)
+        items = rows_of(self._items(factors, bias, vectors), places)  # (B, 1 + N, K + A + 1)
         users = rows_of(self.users, batch.users)
-        scores = pair_scores(users, items[..., :-1]) + items[..., -1]
-        gamma_i = items[..., : self.item_factors.shape[1]]
-        penalty = self.l2 / len(batch.users) * half_squared_norm(users, gamma_i, rows_of(bias, places))
+        scores = pair_scores(pad(users, (0, 1), value=1.0), items)
+        own = factors.square().sum(dim=1) + bias.square()
+        penalty = self.l2 / len(users) * (half_squared_norm(users) + 0.5 * (counts * own).sum())
         if self.l2_projection:
             penalty = penalty + self.l2_projection * half_squared_norm(*self.projections.values())
         return bpr_loss(scores) + penalty
 
     def _items(self, factors: Tensor, bias: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
         """Return [gamma_i, E f_i, b_i + beta' . f_i], (R, K + A + 1), of R items."""
-        projected = [vectors[name].to(matrix.dtype) @ matrix for name, matrix in self.projections.items()]
-        content = torch.stack(projected).sum(dim=0)
-        return torch.cat([factors, content[:, :-1], content[:, -1:] + bias.unsqueeze(1)], dim=1)
+        content = pad(bias.unsqueeze(1), (self.content_dim, 0))
+        for name, matrix in self.projections.items():
+            content = torch.addmm(content, vectors[name].to(matrix.dtype), matrix)
+        return torch.cat([factors, content], dim=1)
