@@ -266,11 +266,13 @@ class _LogSums(torch.autograd.Function):
         bounded = anchors.device.type == "cpu" and len(anchors) > 0
         bounded = bounded and bool(_longest(anchors) * _longest(others) < _SAFE_EXPONENT)
         to_anchors, to_others = torch.empty_like(anchors), torch.zeros_like(others)
-        repeated = others * column_times
+        across, repeated = others.T.contiguous(), others * column_times
+        # One for all blocks, so that it stays in a CPU's cache.
+        products = anchors.new_empty(min(step, len(anchors)), len(others))
         value = anchors.new_zeros(())
         for start in range(0, len(anchors), step):
             block, times = anchors[start : start + step], row_times[start : start + step]
-            shares = block @ others.T
+            shares = torch.mm(block, across, out=products[: len(block)])
             if not bounded:
                 largest = shares.amax(dim=1, keepdim=True)
                 value += (largest * times).sum()

@@ -97,11 +97,11 @@ class UserItemMatrix(nn.Module):
 
 
 def spread_from_users(matrix: UserItemMatrix, users: Tensor, n_layers: int) -> tuple[Tensor, Tensor]:
-    """Return what the mean over layers 0 to L makes of users' rows when items start at zero.
+    """Return what the sum over layers 0 to L makes of users' rows when items start at zero.
 
     Of each layer only one side is not zero, so this takes L products with R or R', half of a walk over the
     whole graph: the sum of (R R')^j over the even layers 2j, and R' times that over the odd ones, by Horner's
-    rule. As layers are linear, this plus ``spread_from_items`` is `mean_propagation` of both.
+    rule. As layers are linear, this plus ``spread_from_items`` is L + 1 times `mean_propagation` of both.
 
     Args:
         matrix: R, (U, I); its transpose is its other side.
@@ -128,14 +128,13 @@ def _spread(
     n_far: int,
 ) -> tuple[Tensor, Tensor]:
     """Spread from the side where rows are; the far side's rows start at zero."""
-    scaled = near / (n_layers + 1)
     if not n_layers:
-        return scaled, scaled.new_zeros(n_far, scaled.shape[1])
-    total = scaled  # over layers 0, 2, ... of those before the last odd one
+        return near, near.new_zeros(n_far, near.shape[1])
+    total = near  # over layers 0, 2, ... of those before the last odd one
     for _ in range((n_layers + 1) // 2 - 1):
-        total = scaled + to_near(to_far(total))
+        total = near + to_near(to_far(total))
     far = to_far(total)
-    return (total if n_layers % 2 else scaled + to_near(far)), far
+    return (total if n_layers % 2 else near + to_near(far)), far
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ class SmoothFeatures:
             columns = torch.cat([vectors.float(), vectors.new_ones(len(vectors), 1).float()], dim=1)
             blocks = [columns[:, start : start + _COLUMNS] for start in range(0, columns.shape[1], _COLUMNS)]
             spread = [spread_from_items(matrix, block.contiguous(), n_layers) for block in blocks]
-            users[name] = torch.cat([part for part, _ in spread], dim=1)
-            items[name] = torch.cat([part for _, part in spread], dim=1)
+            users[name] = torch.cat([part for part, _ in spread], dim=1).div_(n_layers + 1)
+            items[name] = torch.cat([part for _, part in spread], dim=1).div_(n_layers + 1)
         return SmoothFeatures(users, items)
 
 
@@ -103,7 +103,8 @@ class ModalityEncoder(nn.Module):
             spread_from_users(matrix, self.users, n_layers),
             spread_from_items(matrix, self.items, n_layers),
         )
-        from_users, from_items = ((rows_of(one, users), rows_of(other, items)) for one, other in spread)
+        sides = ((rows_of(one, users), rows_of(other, items)) for one, other in spread)
+        from_users, from_items = ([rows / (n_layers + 1) for rows in side] for side in sides)
         parts = ([from_users[0] + from_items[0]], [from_users[1] + from_items[1]])
         for name in self.modalities:
             weight = self.projections[name].get_parameter("weight")

@@ -100,15 +100,15 @@ def test_a_table_that_was_written_to_is_another_table() -> None:
 
 
 @pytest.mark.parametrize("n_layers", [0, 1, 2, 3, 4])
-def test_what_spreads_from_each_side_adds_up_to_the_mean_of_the_layers(n_layers: int) -> None:
+def test_what_spreads_from_each_side_adds_up_to_the_sum_of_the_layers(n_layers: int) -> None:
     world = random_world(n_users=7, n_items=5)
     graph = UserItemGraph(world.split.train)
     matrix = UserItemMatrix.symmetric(graph)
     users, items = torch.randn(7, 3), torch.randn(5, 3)
-    expected = mean_propagation(graph.adjacency(), torch.cat([users, items]), n_layers)
+    mean = mean_propagation(graph.adjacency(), torch.cat([users, items]), n_layers)
     of_users, of_items = (
         spread_from_users(matrix, users, n_layers),
         spread_from_items(matrix, items, n_layers),
     )
-    torch.testing.assert_close(of_users[0] + of_items[0], expected[:7])
-    torch.testing.assert_close(of_users[1] + of_items[1], expected[7:])
+    torch.testing.assert_close(of_users[0] + of_items[0], (n_layers + 1) * mean[:7])
+    torch.testing.assert_close(of_users[1] + of_items[1], (n_layers + 1) * mean[7:])
