@@ -258,9 +258,7 @@ class _LogSums(torch.autograd.Function):
     """The softmax of the products gives both gradients, block by block of anchors: nothing (R, S) is kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, anchors: Tensor, others: Tensor, row_times: Tensor, column_times: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, anchors: Tensor, others: Tensor, row_times: Tensor, column_times: Tensor) -> Tensor:
         step = _BLOCK_ANCHORS if anchors.device.type == "cpu" else max(len(anchors), 1)
         # By Cauchy-Schwarz; cosines need no search for the largest product. A GPU would have to wait.
         bounded = anchors.device.type == "cpu" and len(anchors) > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
@@ -21,6 +21,8 @@ _TOTAL_WEIGHT = 2**40
 """What the whole numbers that stand for items' weights add up to: a millionth of a millionth each."""
 _KEY_RANGE = 2**61
 """Users times the total weight stays below, so that one int64 holds both."""
+_AHEAD = 1 << 17
+"""Negatives drawn at once, of many batches together: for a single one calls take longer than the work."""
 _REDRAWS = 8
 """Times that an item of the batch which the user has is drawn again before a free item takes its place."""
 
@@ -78,6 +80,9 @@ class NegativeSampler:
     Raises:
         TrainingError: A user has every item, so no negative exists.
     """
+
+    draws_ahead: ClassVar[bool] = True
+    """Whether a negative depends on its own pair alone, so that those of many batches may come at once."""
 
     def __init__(self, train: Interactions, device: torch.device | str = "cpu") -> None:
         matrix = train.csr()
@@ -178,6 +183,8 @@ class InBatchSampler(NegativeSampler):
         TrainingError: As ``NegativeSampler``.
     """
 
+    draws_ahead = False
+
     def __init__(self, train: Interactions, device: torch.device | str = "cpu") -> None:
         super().__init__(train, device)
         matrix = train.csr()
@@ -237,6 +244,8 @@ class HardSampler(NegativeSampler):
     Raises:
         TrainingError: As ``NegativeSampler``.
     """
+
+    draws_ahead = False
 
     def __init__(
         self,
@@ -324,6 +333,12 @@ class TrainingPairs:
         epochs (``get_state``, ``set_state``) is all that an exact resume needs.
         """
         order = torch.randperm(len(self), generator=generator, device=self._users.device)
-        for rows in torch.split(order, batch_size):
-            users = self._users[rows]
-            yield self.sampler.batch(users, self._items[rows], n_negatives, generator)
+        n_ahead = max(1, _AHEAD // (batch_size * max(n_negatives, 1))) if self.sampler.draws_ahead else 1
+        for rows in torch.split(order, n_ahead * batch_size):
+            drawn = self.sampler.batch(self._users[rows], self._items[rows], n_negatives, generator)
+            if n_ahead == 1:
+                yield drawn
+            else:
+                columns = (drawn.users, drawn.positives, drawn.negatives)
+                parts = (torch.split(column, batch_size) for column in columns)
+                yield from map(Batch, *parts)

@@ -154,15 +154,13 @@ class Slmrec(Recommender):
     def _ranking(
         self, of_users: list[Tensor], of_items: list[Tensor], user_places: Tensor, item_places: Tensor
     ) -> Tensor:
-        """Return the ranking loss of pairs, (B,) places and (B, K) places, in parts of R users and S items."""
+        """Return the ranking loss of pairs, (B,) and (B, K) places, from the parts of R users and S items."""
         users = self.encoder.read_users(torch.cat(of_users, dim=1))
         items = self.encoder.read_items(torch.cat(of_items, dim=1))
         if self.config.main_loss == "bpr":
             return bpr_loss(pair_scores(rows_of(users, user_places), rows_of(items, item_places)))
         users, items = normalize(users, dim=1), normalize(items, dim=1)
-        return info_nce_of_pairs(
-            users, items, self.config.temperature, (user_places, item_places.squeeze(1))
-        )
+        return info_nce_of_pairs(users, items, self.config.temperature, (user_places, item_places.squeeze(1)))
 
     def _fine_and_coarse(self, parts: list[Tensor]) -> Tensor:
         """Return the sum over modalities of the contrast of R items' parts, (R, D) each."""

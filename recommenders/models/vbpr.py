@@ -97,8 +97,9 @@ class Vbpr(Recommender):
         items = rows_of(self._items(factors, bias, vectors), places)  # (B, 1 + N, K + A + 1)
         users = rows_of(self.users, batch.users)
         scores = pair_scores(pad(users, (0, 1), value=1.0), items)
-        own = factors.square().sum(dim=1) + bias.square()
-        penalty = self.l2 / len(users) * (half_squared_norm(users) + 0.5 * (counts * own).sum())
+        often = counts.to(factors.dtype).sqrt()  # a row that comes n times counts n times
+        learnt = [users, often.unsqueeze(1) * factors, often * bias]
+        penalty = self.l2 / len(users) * half_squared_norm(*learnt)
         if self.l2_projection:
             penalty = penalty + self.l2_projection * half_squared_norm(*self.projections.values())
         return bpr_loss(scores) + penalty

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from recommenders import sampling
 from recommenders.errors import TrainingError
 from recommenders.interactions import Interactions
 from recommenders.sampling import (
@@ -109,6 +110,23 @@ def test_an_epoch_holds_every_pair_once_in_a_new_order_with_free_items() -> None
         assert not np.isin((users[:, None] * train.n_items + negatives).numpy(), train.keys()).any()
         orders.append(keys.tolist())
     assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("negatives", ["uniform", "popularity"])
+def test_drawing_for_many_batches_at_once_draws_the_same(
+    negatives: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = random_world(n_users=30, n_items=20).split.train
+    pairs = TrainingPairs(train, config=SamplingConfig(negatives=negatives))
+    epochs = []
+    for ahead in (1, 1000):
+        monkeypatch.setattr(sampling, "_AHEAD", ahead)
+        epochs.append(list(pairs.epoch(7, 3, seeded())))
+    assert len(epochs[0]) == pairs.n_batches(7) > 2
+    for one, other in zip(*epochs, strict=True):
+        assert torch.equal(one.users, other.users)
+        assert torch.equal(one.positives, other.positives)
+        assert torch.equal(one.negatives, other.negatives)
 
 
 def test_the_state_saved_after_an_epoch_gives_the_next_one_again() -> None:
