@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import time
 from pathlib import Path
@@ -47,8 +48,9 @@ def minilm_folder() -> Path:
         raise ConfigError(f"There is no package {PACKAGE}; run `make setup`, or give --model <folder>.")
     link = default_cache() / "benchmarks" / NAME
     link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(Path(package.origin).parent / "model", target_is_directory=True)
+    own = link.with_name(f"{NAME}.{os.getpid()}")  # then moved over, as two runs may begin together
+    own.symlink_to(Path(package.origin).parent / "model", target_is_directory=True)
+    own.replace(link)
     return link
 
 
