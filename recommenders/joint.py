@@ -284,7 +284,8 @@ class _JointLoop(TrainingLoop):
         """Give all parameters their gradients; return the loss."""
         self.optimizer.zero_grad()
         self.encoder_optimizer.zero_grad()
-        items = torch.unique(torch.cat([batch.positives, batch.negatives.flatten()]))
+        negatives = batch.negatives.flatten() if self.model.reads_negatives else batch.negatives.new_empty(0)
+        items = torch.unique(torch.cat([batch.positives, negatives]))
         return self.live.step(items, lambda table, rows: self._loss_of(batch, table, rows), self.steps)
 
     def _loss_of(self, batch: Batch, table: FeatureTable, rows: Mapping[str, LiveRows]) -> Tensor:

@@ -64,6 +64,11 @@ class Recommender(nn.Module, ABC):
         """Whether there is anything for gradients to change."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
+    @property
+    def reads_negatives(self) -> bool:
+        """Whether the loss looks at a batch's negatives; if not, joint training does not encode them."""
+        return True
+
     @abstractmethod
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
         """Return (U, D) user and (I, D) item embeddings; a score is their inner product."""

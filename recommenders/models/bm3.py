@@ -76,6 +76,12 @@ class Bm3(Recommender):
         )
         self.register_buffer("adjacency", user_item_adjacency(train), persistent=False)
 
+    @property
+    @override
+    def reads_negatives(self) -> bool:
+        """None is read."""
+        return False
+
     @override
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
         """Return what the predictor makes of h_u and h_i."""

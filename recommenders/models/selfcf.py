@@ -71,6 +71,12 @@ class SelfCf(Recommender):
         self.graph = UserItemGraph(train)
         self.register_buffer("adjacency", self.graph.adjacency(), persistent=False)
 
+    @property
+    @override
+    def reads_negatives(self) -> bool:
+        """None is read."""
+        return False
+
     @override
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
         """Return [P e_u, e_u] and [e_i, P e_i], whose product is the score."""

@@ -103,6 +103,12 @@ class Slmrec(Recommender):
         fits = SmoothFeatures.bytes(self.n_users, features) <= config.cache_mb * 2**20
         self._smooth = KeptFor(self._smoothed, features) if fits else None
 
+    @property
+    @override
+    def reads_negatives(self) -> bool:
+        """Only by main_loss bpr."""
+        return self.config.main_loss == "bpr"
+
     @override
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
         """Propagate the parts over the whole graph and read them out."""

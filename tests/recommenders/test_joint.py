@@ -160,6 +160,26 @@ def test_model_and_encoder_are_left_at_the_best_epoch() -> None:
     assert_same(trained.encoder.state(), states[trained.result.best_epoch - 1])
 
 
+@pytest.mark.parametrize(("name", "is_encoded"), [("vbpr", True), ("bm3", False)])
+def test_negatives_that_no_loss_reads_are_not_encoded(
+    name: str, is_encoded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[list[int]] = []
+    step = LiveTable.step
+
+    def watching(self: LiveTable, items: torch.Tensor, *rest: Any) -> torch.Tensor:
+        encoded.append(items.tolist())
+        return step(self, items, *rest)
+
+    monkeypatch.setattr(LiveTable, "step", watching)
+    one_batch = TRAINING.model_copy(update={"epochs": 1, "batch_size": len(WORLD.split.train)})
+    Trained(name, config=one_batch, joint=JointConfig(warmup_epochs=0))
+    positives = set(WORLD.split.train.item_rows.tolist())
+    assert len(encoded) == 1
+    assert (set(encoded[0]) > positives) == is_encoded
+    assert (set(encoded[0]) == positives) != is_encoded
+
+
 def test_refreshing_encodes_all_items_when_it_should() -> None:
     def n_encoded(**changes: Any) -> list[int]:
         counts: list[int] = []

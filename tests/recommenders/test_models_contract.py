@@ -183,6 +183,18 @@ def test_gradient_flows_from_the_loss_to_the_features_of_the_batch(name: str, wo
         assert reached[in_batch[present[in_batch]]].all()
 
 
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_negatives_change_the_loss_of_models_that_say_they_read_them(name: str, world: World) -> None:
+    model = build(name, world.split.train, world.features)
+    losses = []
+    for negatives in ([[3], [4]], [[9], [12]]):
+        torch.manual_seed(0)
+        batch = Batch(torch.tensor([1, 2]), torch.tensor([5, 6]), torch.tensor(negatives))
+        losses.append(float(model.loss(batch, world.features).detach()))
+    assert model.reads_negatives == (name not in NEGATIVES_UNTOUCHED)
+    assert (losses[0] != losses[1]) == model.reads_negatives
+
+
 @pytest.mark.parametrize("name", [name for name in READERS if name not in READ_WHILE_TRAINING])
 def test_other_features_give_other_scores(name: str, world: World) -> None:
     model = build(name, world.split.train, world.features)
