@@ -32,7 +32,7 @@ def some_vectors(n_items: int = 60, width: int = 6) -> tuple[Tensor, Tensor]:
     return vectors, present
 
 
-def up_to_sign(found: np.ndarray, expected: np.ndarray) -> None:
+def assert_equal_up_to_sign(found: np.ndarray, expected: np.ndarray) -> None:
     signs = np.sign((found * expected).sum(axis=0))
     np.testing.assert_allclose(found, expected * signs, rtol=1e-4, atol=1e-4)
 
@@ -93,7 +93,7 @@ def test_components_agree_with_scikit_learn_up_to_sign(dim: int) -> None:
     vectors, present = some_vectors()
     config = TransformConfig(normalise="none", project="pca", project_dim=dim)
     found = transform(vectors, present, config)[present].numpy()
-    up_to_sign(found, PCA(dim or 6).fit_transform(vectors[present].double().numpy()))
+    assert_equal_up_to_sign(found, PCA(dim or 6).fit_transform(vectors[present].double().numpy()))
 
 
 @pytest.mark.parametrize("dim", [0, 3])
@@ -101,7 +101,9 @@ def test_whitening_agrees_with_scikit_learn_up_to_sign(dim: int) -> None:
     vectors, present = some_vectors()
     config = TransformConfig(normalise="none", project="whiten", project_dim=dim, whiten_ridge=0)
     found = transform(vectors, present, config)[present].numpy()
-    up_to_sign(found, PCA(dim or 6, whiten=True).fit_transform(vectors[present].double().numpy()))
+    assert_equal_up_to_sign(
+        found, PCA(dim or 6, whiten=True).fit_transform(vectors[present].double().numpy())
+    )
     np.testing.assert_allclose(np.cov(found.T), np.eye(dim or 6), atol=1e-4)
 
 

@@ -54,7 +54,7 @@ def outputs(model: Vlmo, pixels: Tensor, tokens: Tensor, mask: Tensor) -> dict[s
     }
 
 
-def compare(found: dict[str, Tensor], expected: dict[str, np.ndarray], mask: np.ndarray) -> None:
+def assert_matches(found: dict[str, Tensor], expected: dict[str, np.ndarray], mask: np.ndarray) -> None:
     for name, reference in expected.items():
         if name.startswith(("debug/", "inputs/", "weights/")):
             continue
@@ -72,7 +72,7 @@ def test_outputs(kind: str, grad: bool) -> None:
     given = numbers(kind, "inputs")
     tensors = [torch.from_numpy(given[name]) for name in ("image", "text_ids", "text_masks")]
     with torch.set_grad_enabled(grad):
-        compare(outputs(model, *tensors), numbers(kind, "reference"), given["text_masks"])
+        assert_matches(outputs(model, *tensors), numbers(kind, "reference"), given["text_masks"])
 
 
 @kinds
@@ -88,7 +88,7 @@ def test_outputs_at_another_picture_size(kind: str) -> None:
             )
     tensors = [torch.from_numpy(expected[f"inputs/{name}"]) for name in ("image", "text_ids", "text_masks")]
     with torch.inference_mode():
-        compare(outputs(model, *tensors), expected, expected["inputs/text_masks"])
+        assert_matches(outputs(model, *tensors), expected, expected["inputs/text_masks"])
 
 
 def test_rows_of_the_bias_table() -> None:
