@@ -140,7 +140,8 @@ class UserItemGraph(nn.Module):
 def outside_compiler(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Have torch.compile call a function as it is, with what is before and after it compiled.
 
-    For products with sparse matrices, which the compiler cannot trace (torch 2.15 stops at their views).
+    For products with sparse matrices, which the compiler cannot trace (torch 2.15 stops at their views), and
+    for loops over blocks, which it would compile anew for each number of rows.
     ``torch.compiler.disable`` does that too, but importing the compiler takes seconds, so here it is imported
     only when something is being compiled.
     """

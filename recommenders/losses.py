@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
+from recommenders.graphs import outside_compiler
 from recommenders.sampling import InBatch
 from recommenders.settings import Counts
 
@@ -244,6 +245,7 @@ def _at_least_float32(rows: Tensor) -> Tensor:
     return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
 
 
+@outside_compiler
 def _log_sums(
     anchors: Tensor, others: Tensor, row_times: Tensor | None = None, column_times: Tensor | None = None
 ) -> Tensor:
@@ -272,6 +274,9 @@ class _LogSums(torch.autograd.Function):
             block, times = anchors[start : start + step], row_times[start : start + step]
             shares = torch.mm(block, across, out=products[: len(block)])
             if not bounded:
+                shares.masked_fill_(
+                    column_times.T == 0, -torch.inf
+                )  # or it may be the largest, and all others 0
                 largest = shares.amax(dim=1, keepdim=True)
                 value += (largest * times).sum()
                 shares -= largest
