@@ -124,7 +124,15 @@ def world(data: Path, folder: Path) -> World:
 
 
 def measure_one(
-    way: str, batch_size: int, *, data: Path, precision: str, chunk: int, pool: int, n_steps: int
+    way: str,
+    batch_size: int,
+    *,
+    data: Path,
+    precision: str,
+    chunk: int,
+    activations_mb: int,
+    pool: int,
+    n_steps: int,
 ) -> dict[str, object]:
     """One way in this process: seconds of a step, of an epoch, and the most memory of a step."""
     torch.set_num_threads(2)
@@ -138,6 +146,7 @@ def measure_one(
         config = LiveConfig.model_validate(
             {
                 "chunk": 2 * batch_size if way == "whole" else chunk,
+                "activations_mb": activations_mb,
                 "precision": precision,
                 "pixel_cache_mb": 0 if naive else 16_384,
             }
@@ -225,6 +234,9 @@ def main() -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[512])
     parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--chunk", type=int, default=64, help="items encoded at a time (default: 64)")
+    parser.add_argument(
+        "--activations-mb", type=int, default=0, help="MiB of activations that are kept (default: 0)"
+    )
     parser.add_argument("--pool", type=int, default=64, help="items negatives are drawn from (default: 64)")
     parser.add_argument("--steps", type=int, default=2, help="steps timed (default: 2)")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -238,6 +250,7 @@ def main() -> int:
             data=options.data,
             precision=options.precision[0],
             chunk=options.chunk,
+            activations_mb=options.activations_mb,
             pool=options.pool,
             n_steps=options.steps,
         )
@@ -248,6 +261,7 @@ def main() -> int:
         command = [sys.executable, "-m", "benchmarks.joint", "--one", "--ways", way, "--batch", str(batch)]
         command += ["--data", str(options.data), "--precision", precision, "--chunk", str(options.chunk)]
         command += ["--pool", str(options.pool), "--steps", str(options.steps)]
+        command += ["--activations-mb", str(options.activations_mb)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{way} failed:\n{done.stderr}", file=sys.stderr)

@@ -46,6 +46,14 @@ ForceOption = Annotated[
     bool, typer.Option("--force", help="Make the artefact again although the store has it.")
 ]
 
+LESS_AT_A_TIME = (
+    "What was whole is kept. Lower what this part holds at once and run the command again: "
+    "extraction.batch_size, extraction.memory_mb; training.batch_size, evaluation.block_mb; "
+    "finetuning.chunk_size, finetuning.activations_mb; live.chunk, live.activations_mb; "
+    "index.memory_budget_mb."
+)
+"""What to do where memory does not suffice."""
+
 
 class Output:
     """Where one command's answer goes."""
@@ -103,17 +111,32 @@ def run_app(app: Callable[..., Any], arguments: Sequence[str] | None = None) -> 
     """Run a command and turn mistakes into one message and an exit code.
 
     Returns:
-        0; 2 for a user's mistake; 130 after Ctrl-C; what the command chose otherwise.
+        0; 2 for a user's mistake and where memory does not suffice; 130 after Ctrl-C; what the command chose
+        otherwise.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=arguments, prog_name="tandem")
     except USER_ERRORS as error:
         return _fail(str(error), arguments)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        first_line = str(error).partition("\n")[0] or type(error).__name__
+        return _fail(f"out of memory: {first_line.rstrip('.')}. {LESS_AT_A_TIME}", arguments)
     except SystemExit as stop:  # how typer ends every command
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         return _interrupted() if code == EXIT_INTERRUPTED else code
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether Python, numpy or torch got no memory; torch has a class of its own for GPUs only."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 def _fail(message: str, arguments: Sequence[str]) -> int:

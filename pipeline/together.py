@@ -180,8 +180,8 @@ class _Team:
         process.join(GRACE_S)
         raise TrainingError(
             f"Process {rank} of the {len(self._processes)} that work together {_how(process.exitcode)}; the "
-            "others were stopped. If memory ran out, set fewer processes or a smaller live.chunk. The same "
-            "command goes on from the last whole epoch."
+            "others were stopped. If memory ran out, set fewer processes, or a smaller live.chunk or "
+            "live.activations_mb. The same command goes on from the last whole epoch."
         )
 
     def stop(self) -> None:

@@ -116,6 +116,9 @@ class FinetuningConfig(BaseModel, frozen=True, extra="forbid"):
     chunk_size: PositiveInt = Field(
         32, description="Items encoded at a time; it sets the memory and does not change the gradient."
     )
+    activations_mb: NonNegativeInt = Field(
+        2_048, description="MiB of activations that may be kept; chunks that do not fit are run twice."
+    )
     accumulate: PositiveInt = Field(1, description="Batches whose gradients are averaged for one update.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -137,6 +140,6 @@ class FinetuningConfig(BaseModel, frozen=True, extra="forbid"):
     def identity(self) -> dict[str, JsonValue]:
         """The settings that can change a weight, be it by its last bit: what belongs into a key."""
         identity: dict[str, JsonValue] = self.model_dump(
-            mode="json", exclude={"checkpoint_steps", "n_workers"}
+            mode="json", exclude={"activations_mb", "checkpoint_steps", "n_workers"}
         )
         return identity

@@ -49,6 +49,7 @@ class Objectives:
         encoder: On its device, prepared for training.
         config: The weights.
         chunk_size: Items encoded at a time.
+        room: Bytes of activations that may be kept between the passes of a batch.
         co_purchases: Among the training items; needed where `co_purchase` has a weight.
         autocast: What passes run in.
         same_picture: (R,) item rows -> (R, R) which have the same picture.
@@ -63,13 +64,14 @@ class Objectives:
         config: ObjectivesConfig,
         chunk_size: int,
         *,
+        room: int = 0,
         co_purchases: CoPurchases | None,
         autocast: Autocast,
         same_picture: Callable[..., Tensor],
     ) -> None:
         check_objectives(encoder, config, has_pairs=co_purchases is not None)
         self._encoder = unwrapped(encoder)
-        self._config, self._size, self._autocast = config, chunk_size, autocast
+        self._config, self._size, self._room, self._autocast = config, chunk_size, room, autocast
         self._co_purchases, self._same_picture = co_purchases, same_picture
         self.contrast: Contrast = contrast_of(encoder, config.contrast)
         self.own: dict[str, nn.Parameter] = self.contrast.own if config.image_text else {}
@@ -173,7 +175,12 @@ class _Run:
 
     def _forward(self, name: str, passes: Sequence[Pass]) -> Tensor:
         if name not in self._made:
-            self._made[name] = chunked_forward(passes, self._device)
+            self._made[name] = chunked_forward(
+                passes,
+                self._device,
+                room=self._all._room - sum(each.kept_bytes for each in self.chunks),
+                weights=self._all._encoder.parameters(),
+            )
         return self._made[name].outputs
 
     def _positives(self) -> Tensor | None:

@@ -30,6 +30,9 @@ class LiveConfig(BaseModel, frozen=True, extra="forbid"):
     """How a catalogue's items are encoded while a recommender trains."""
 
     chunk: PositiveInt = Field(64, description="Items encoded at a time; this sets the memory of a step.")
+    activations_mb: NonNegativeInt = Field(
+        2_048, description="MiB of activations that may be kept; chunks that do not fit are run twice."
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: mixed precision; weights and their updates stay float32."
     )
@@ -111,7 +114,12 @@ def live_encoder(
                 tuned, modality, kept, catalogue=catalogue, present=present[modality], device=device
             )
         yield CatalogueEncoder(
-            tuned, sources, chunk=config.chunk, device=device, autocast=_AUTOCAST[config.precision]
+            tuned,
+            sources,
+            chunk=config.chunk,
+            room=config.activations_mb * 2**20,
+            device=device,
+            autocast=_AUTOCAST[config.precision],
         )
     finally:
         for inputs in open_inputs:

@@ -48,14 +48,15 @@ class TunedEncoder(Protocol):
 class CatalogueEncoder:
     """Encodes rows, and takes gradients of their vectors to what is trained.
 
-    Rows of like lengths are put into one chunk. With one chunk the graph is kept; with several only the
-    vectors are, and ``backward`` runs each chunk again, with the same random numbers: memory is that of a
-    chunk, whatever a batch is.
+    Rows of like lengths are put into one chunk. With one chunk the graph is kept; of several those that fit
+    the room there is, and ``backward`` runs each other chunk again, with the same random numbers: memory is
+    the room and that of a chunk, whatever a batch is.
 
     Args:
         tuned: What is trained.
         sources: Modality -> its vectors.
         chunk: Items encoded at a time.
+        room: Bytes of activations that may be kept from `encode` to `backward`, of all modalities together.
         device: Of the parameters.
         autocast: Type of mixed precision; None: float32.
     """
@@ -66,10 +67,12 @@ class CatalogueEncoder:
         sources: Mapping[str, VectorSource],
         *,
         chunk: int,
+        room: int = 0,
         device: torch.device,
         autocast: torch.dtype | None,
     ) -> None:
         self.tuned, self.sources = tuned, dict(sources)
+        self._room = room
         self._chunk, self._device, self._autocast = chunk, device, autocast
         self._waiting: dict[str, tuple[Chunked, Tensor] | None] = {}
 
@@ -117,7 +120,11 @@ class CatalogueEncoder:
             return self._width_of_nothing(modality)
         self.tuned.train()
         order, passes = self._passes(modality, rows)
-        chunked = chunked_forward(passes, self._device)
+        self._waiting.pop(modality, None)
+        held = sum(waiting[0].kept_bytes for waiting in self._waiting.values() if waiting is not None)
+        chunked = chunked_forward(
+            passes, self._device, room=self._room - held, weights=self.tuned.encoder.parameters()
+        )
         self._waiting[modality] = (chunked, order)
         vectors = torch.empty_like(chunked.outputs)
         vectors[order] = chunked.outputs.detach()

@@ -34,9 +34,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
 
 
-def cached_gradients(model: nn.Module, size: int) -> tuple[float, Tensor, dict[str, Tensor]]:
+def cached_gradients(
+    model: nn.Module, size: int, *, room: int = 0
+) -> tuple[float, Tensor, dict[str, Tensor]]:
     scale = nn.Parameter(torch.tensor(1.5))
-    chunks = [chunked_forward(passes(model, rows, size), CPU) for rows in inputs()]
+    weights = list(model.parameters())
+    chunks = [
+        chunked_forward(passes(model, rows, size), CPU, room=room, weights=weights) for rows in inputs()
+    ]
+    assert all(each.kept_bytes <= room for each in chunks)
     loss = contrastive_loss(chunks[0].outputs, chunks[1].outputs, scale)
     loss.backward()
     assert all(parameter.grad is None for parameter in model.parameters())  # nothing has passed yet
@@ -75,6 +81,45 @@ def test_the_second_run_of_a_chunk_drops_what_the_first_dropped() -> None:
     torch.manual_seed(8)  # other masks give other gradients, so that the above says something
     _, _, others = cached_gradients(tower(dropout=0.5), 4)
     assert not torch.allclose(others["0.weight"], found["0.weight"], atol=1e-3)
+
+
+def linear_bytes(rows: int) -> int:
+    """What the backward pass of two layers and a ReLU between needs: their inputs."""
+    return 4 * rows * (6 + 8)
+
+
+@pytest.mark.parametrize(
+    ("room", "n_kept"), [(0, 0), (1, 0), (linear_bytes(4), 1), (linear_bytes(8), 2), (linear_bytes(12), 3)]
+)
+def test_chunks_that_fit_the_room_are_kept_and_run_once(room: int, n_kept: int) -> None:
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 5, bias=False))
+    ran: list[int] = []
+    model.register_forward_hook(lambda *_: ran.append(1))
+    chunks = chunked_forward(passes(model, inputs()[0], 4), CPU, room=room, weights=list(model.parameters()))
+    assert len(ran) == 3
+    assert chunks.kept_bytes == linear_bytes([0, 4, 8, 11][n_kept])
+    assert [live is not None for live in chunks.live] == [number < n_kept for number in range(3)]
+    backward_through(chunks, torch.ones(11, 5))
+    assert len(ran) == 3 + 3 - n_kept
+
+
+def test_what_is_kept_changes_no_bit_of_a_gradient() -> None:
+    found = []
+    for room in (0, 1_500, 3_000, 10**6):
+        torch.manual_seed(7)
+        found.append((*cached_gradients(tower(dropout=0.5), 4, room=room), torch.rand(3)))
+    for loss, scale, others, drawn in found[1:]:
+        assert loss == found[0][0]
+        assert torch.equal(scale, found[0][1])
+        assert all(torch.equal(value, found[0][2][name]) for name, value in others.items())
+        assert torch.equal(drawn, found[0][3])
+
+
+def test_a_frozen_tower_keeps_nothing_though_there_is_room() -> None:
+    model = tower().requires_grad_(requires_grad=False)
+    chunks = chunked_forward(passes(model, inputs()[0], 4), CPU, room=10**6)
+    assert chunks.kept_bytes == 0
+    assert chunks.live == (None, None, None)
 
 
 def test_a_gradient_of_the_wrong_shape_is_refused_and_none_does_nothing() -> None:

@@ -80,12 +80,13 @@ def bought() -> CoPurchases:
 
 
 def gradients_of(
-    encoder: Encoder, weights: dict[str, Any], chunk_size: int
+    encoder: Encoder, weights: dict[str, Any], chunk_size: int, room: int = 0
 ) -> tuple[BatchReport, dict[str, Tensor]]:
     objectives = Objectives(
         encoder,
         ObjectivesConfig.model_validate(weights),
         chunk_size,
+        room=room,
         co_purchases=bought(),
         autocast=nullcontext,
         same_picture=lambda rows: torch.eye(len(rows), dtype=torch.bool),
@@ -114,8 +115,8 @@ def test_every_parameter_gets_in_chunks_what_it_gets_whole(kind: str, of: str, t
         encoder.tokenizer = _few_ids  # the small text tower knows six words
     whole, expected = gradients_of(encoder, weights, 100)
     assert set(whole.losses) == {"loss", *(name for name in ("image_text", *weights) if name != "pairs")}
-    for size in (1, 3):
-        chunked, found = gradients_of(encoder, weights, size)
+    for size, room in ((1, 0), (3, 0), (3, 100_000), (3, 10**9)):
+        chunked, found = gradients_of(encoder, weights, size, room)
         assert chunked.losses == pytest.approx(whole.losses, abs=1e-5)
         assert chunked.gradient_norms == pytest.approx(whole.gradient_norms, rel=1e-3)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

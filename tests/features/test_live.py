@@ -10,6 +10,7 @@ import torch
 from features.catalogue import Catalogue, TextConfig
 from features.encoders.base import Encoder
 from features.errors import FeatureError, FeatureFileError
+from features.gradient_cache import chunked_forward
 from features.images import ImageLimits
 from features.live.building import LiveConfig, live_encoder
 from features.live.encoder import CatalogueEncoder
@@ -21,6 +22,7 @@ from tests.features.small_clip import SIGLIP, SMALL, small_encoder
 from tests.features.small_encoder import SmallEncoder
 from tests.features.test_tuning_towers import ENCODERS
 
+CPU = torch.device("cpu")
 N_ITEMS = 9
 SEES_PADDING = SIGLIP | {"text_cfg": SIGLIP["text_cfg"] | {"vocab_size": 49408}}
 ROWS = torch.tensor([7, 0, 3, 4, 8])
@@ -53,9 +55,14 @@ def everything() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("config", [SMALL, SEES_PADDING], ids=["clip", "siglip"])
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("chunk", [2, 64])
+@pytest.mark.parametrize(("chunk", "activations_mb"), [(2, 0), (2, 64), (64, 0)])
 def test_vectors_and_gradients_are_those_of_the_encoder_itself(
-    config: dict[str, object], mode: str, chunk: int, catalogue: Catalogue, tmp_path: Path
+    config: dict[str, object],
+    mode: str,
+    chunk: int,
+    activations_mb: int,
+    catalogue: Catalogue,
+    tmp_path: Path,
 ) -> None:
     encoder = small_encoder(config)
     tuned = prepare_tuning(encoder, MODES[mode])
@@ -74,7 +81,7 @@ def test_vectors_and_gradients_are_those_of_the_encoder_itself(
             parameter.grad = None
     assert expected
 
-    settings = LiveConfig(chunk=chunk)
+    settings = LiveConfig(chunk=chunk, activations_mb=activations_mb)
     with live_encoder(
         tuned, catalogue, ("image", "text"), everything(), settings, folder=tmp_path / "live"
     ) as live:
@@ -95,6 +102,34 @@ def test_vectors_and_gradients_are_those_of_the_encoder_itself(
             continue
         error = (parameter.grad - expected[name]).norm() / expected[name].norm().clamp_min(1e-3)
         assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize("chunks_that_fit", [0, 2, 3, 100])
+def test_towers_share_the_room_for_activations(
+    chunks_that_fit: int, catalogue: Catalogue, tmp_path: Path
+) -> None:
+    encoder = small_encoder(SMALL)
+    tuned = prepare_tuning(encoder, MODES["full"])
+    ran = {"image": 0, "text": 0}
+    for name, tower in (("image", encoder.model.visual.transformer), ("text", encoder.model.transformer)):
+        tower.resblocks[0].mlp.register_forward_hook(lambda *_, name=name: ran.update({name: ran[name] + 1}))
+    with live_encoder(
+        tuned, catalogue, ("image", "text"), everything(), LiveConfig(), folder=tmp_path
+    ) as rows:
+        sources = rows.sources
+        two = [lambda: sources["image"].vectors(ROWS[:2])] * 2
+        held = chunked_forward(two, CPU, room=10**9, weights=encoder.parameters()).kept_bytes
+        room = chunks_that_fit * held // 2
+        live = CatalogueEncoder(tuned, sources, chunk=2, room=room, device=CPU, autocast=None)
+        for _ in range(2):  # in the second step there is as much room again
+            ran.update(image=0, text=0)
+            for modality in ("image", "text"):
+                live.encode(modality, ROWS)
+            assert ran == {"image": 3, "text": 3}
+            for modality in ("image", "text"):
+                live.backward(modality, torch.ones(len(ROWS), 12))
+            run_twice = {"image": max(0, 3 - chunks_that_fit), "text": 0 if chunks_that_fit == 100 else 3}
+            assert ran == {name: 3 + more for name, more in run_twice.items()}
 
 
 def test_only_blocks_above_the_kept_states_run_in_an_epoch(catalogue: Catalogue, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
 import yaml
 
 from flows.cli import app
@@ -202,6 +203,47 @@ def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, shell: Shell)
     code, _, err = shell("ls")
     assert code == EXIT_INTERRUPTED
     assert "the same command goes on" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore of it."),
+        RuntimeError("[enforce fail at x.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_too_little_memory_says_which_settings_need_less(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, shell: Shell
+) -> None:
+    def greedy(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.cli_store.open_store", greedy)
+    code, _, err = shell("ls")
+    assert code == EXIT_USER_ERROR
+    assert "out of memory" in err
+    assert "live.activations_mb" in err
+    assert "More of it" not in err
+
+
+def test_torch_words_a_lack_of_memory_as_is_looked_for(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> None:
+    def greedy(*_: object) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("pipeline.cli_store.open_store", greedy)
+    code, _, err = shell("ls")
+    assert code == EXIT_USER_ERROR
+    assert "out of memory" in err
+
+
+def test_other_errors_of_a_program_stay_what_they_are(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setattr("pipeline.cli_store.open_store", broken)
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        shell("ls")
 
 
 def test_every_command_takes_store_and_json() -> None:
