@@ -14,6 +14,7 @@ apart, as it is done once.
 Examples: python -m benchmarks.joint --data ../shared/data/movielens-posters
           python -m benchmarks.joint --ways full last-2 side --batch 512 2048
           python -m benchmarks.joint --ways naive full --precision float32 bfloat16
+          python -m benchmarks.joint --ways naive full --activations-mb 12288 --rounds 2
 """
 
 import argparse
@@ -239,6 +240,9 @@ def main() -> int:
     )
     parser.add_argument("--pool", type=int, default=64, help="items negatives are drawn from (default: 64)")
     parser.add_argument("--steps", type=int, default=2, help="steps timed (default: 2)")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="turns that ways take, of which the fastest counts (default: 1)"
+    )
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--save", type=Path, help="also write the result to this file")
@@ -256,8 +260,9 @@ def main() -> int:
         )
         print(json.dumps(measured))
         return 0
-    rows = []
-    for way, precision, batch in product(options.ways, options.precision, options.batch):
+    best: dict[tuple[object, ...], dict[str, object]] = {}
+    turns = list(product(options.ways, options.precision, options.batch)) * options.rounds
+    for way, precision, batch in turns:
         command = [sys.executable, "-m", "benchmarks.joint", "--one", "--ways", way, "--batch", str(batch)]
         command += ["--data", str(options.data), "--precision", precision, "--chunk", str(options.chunk)]
         command += ["--pool", str(options.pool), "--steps", str(options.steps)]
@@ -266,8 +271,12 @@ def main() -> int:
         if done.returncode:
             print(f"{way} failed:\n{done.stderr}", file=sys.stderr)
             return 1
-        rows.append(json.loads(done.stdout))
-        print(_line(rows[-1]), file=sys.stderr)
+        row = json.loads(done.stdout)
+        print(_line(row), file=sys.stderr)
+        key = (way, precision, batch)
+        if key not in best or row["step_s"] < float(str(best[key]["step_s"])):
+            best[key] = row
+    rows = list(best.values())
     head = ["way", "batch", "precision", "items a step", "step", "epoch", "states, once", "memory of a step"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *map(_line, rows)]
     report(
