@@ -32,7 +32,7 @@ class Costs:
     search_s: float
     """Seconds of the search that chose the settings; 0 where there was none."""
     peak_bytes: float
-    """Peak memory of any training: of the GPU's tensors where there is one, else of the process."""
+    """Peak memory of encoding and training: of the GPU's tensors where there is one, else of the process."""
     stored_bytes: float
     """Bytes in the store: features, and the encoder where it was trained here, with the states below it."""
     device: str
@@ -65,7 +65,7 @@ def _of_run(one: SeedRun) -> Costs:
     trained = one.features.encoder
     kept = [*read]
     tune_s = 0.0
-    peaks = [_fact(run, "peak_memory_bytes")]
+    peaks = [_fact(artefact, "peak_memory_bytes") for artefact in (run, *read)]
     if trained is not None:
         kept.append(trained.artefact)
         tune_s = _fact(trained.artefact, "finetune_seconds" if not one.features.before else "train_seconds")

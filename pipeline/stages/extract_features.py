@@ -32,6 +32,7 @@ from features.precomputed import join_vectors
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.encoder_specs import ResolvedEncoder, resolve_encoder
 from pipeline.errors import ConfigError
+from pipeline.peak_memory import forget_peak_memory, peak_memory
 from pipeline.progress import SILENT, Reporter
 from pipeline.reading import given_features_file, read_catalogue
 from pipeline.stages.result import StageResult
@@ -98,6 +99,8 @@ def extract_features(
     identity = features_identity(catalogue, config, info)
 
     def make(draft: Draft) -> None:
+        device = torch.device(choose_device(config.device))
+        forget_peak_memory(device)
         encoder, fitted = _open_encoder(config, chosen, catalogue)
         extraction, probed = settle_precision(
             encoder, catalogue, config.modality, config.extraction, text=config.text
@@ -120,7 +123,12 @@ def extract_features(
             )
         facts = json.loads(json.dumps(asdict(report)))
         draft.record(
-            **facts, **fitted, recipe=recipe, precision_probe=asdict(probed), summary=summary_of(facts)
+            **facts,
+            **fitted,
+            recipe=recipe,
+            precision_probe=asdict(probed),
+            peak_memory_bytes=peak_memory(device),
+            summary=summary_of(facts),
         )
 
     outcome = store.produce(

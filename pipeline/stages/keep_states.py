@@ -22,6 +22,7 @@ from features.tuning.towers import tower_of
 from pipeline.device import DeviceChoice, choose_device
 from pipeline.encoder_specs import resolve_encoder
 from pipeline.errors import ConfigError, StoreError
+from pipeline.peak_memory import forget_peak_memory, peak_memory
 from pipeline.progress import SILENT, Progress, Reporter
 from pipeline.reading import read_catalogue
 from pipeline.stages.extract_features import encoder_label
@@ -92,7 +93,9 @@ def keep_encoder_states(
     info = chosen.describe()
 
     def make(draft: Draft) -> None:
-        encoder = chosen.load(device=choose_device(config.device))
+        device = torch.device(choose_device(config.device))
+        forget_peak_memory(device)
+        encoder = chosen.load(device=str(device))
         started = time.perf_counter()
         with reporter.progress(f"states of {config.encoder} {config.modality}") as progress:
             reasons = _compute(encoder, catalogue, config, draft, progress)
@@ -110,6 +113,7 @@ def keep_encoder_states(
             n_blocks_run=tower.n_blocks - (config.above or 0),
             compute_seconds=seconds,
             items_per_s=speed,
+            peak_memory_bytes=peak_memory(device),
             summary={**counts, "blocks run": tower.n_blocks - (config.above or 0), "items/s": speed},
         )
 

@@ -132,6 +132,7 @@ def test_a_joint_training_leaves_states_and_names_them(shop: Shop) -> None:
         for name in ("n_ok", "n_missing", "n_unreadable"):
             assert facts[name] == start.artefact.manifest.facts[name]
         assert facts["n_items"] == 40
+        assert int(str(facts["peak_memory_bytes"])) > 0
         assert facts["n_blocks_run"] == int(str(facts["n_blocks"])) - 1
         assert shop.store.verify(artefact) == []
     facts = encoder.manifest.facts

@@ -323,6 +323,11 @@ def test_costs_are_those_of_everything_a_row_needs(made: Made) -> None:
     assert of_joint.encode_s > encoding  # the features it started from, and its own
     assert of_joint.tune_s == joint.runs[0].features.encoder.artefact.manifest.facts["train_seconds"]
     assert of_joint.train_s == 0
+    of_features = [
+        int(str(one.artefact.manifest.facts["peak_memory_bytes"])) for one in frozen.runs[0].features.made
+    ]
+    assert min(of_features) > 0
+    assert costs.peak_bytes == max(facts["peak_memory_bytes"], *of_features)
     both = costs_of(frozen.runs)
     assert both.peak_bytes == max(costs_of([one]).peak_bytes for one in frozen.runs)
     assert both.train_s == pytest.approx(np.mean([costs_of([one]).train_s for one in frozen.runs]))
