@@ -145,7 +145,7 @@ def test_a_joint_step_moves_exactly_what_the_mode_trains(
 @pytest.mark.parametrize("recommender", list(RECOMMENDERS))
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", ["clip", "vlmo"])
-def test_gradients_equal_a_naive_run_through_the_whole_catalogue(  # noqa: PLR0913, PLR0917 - all of these differ
+def test_gradients_equal_a_naive_run_through_the_whole_catalogue(
     name: str, mode: str, recommender: str, dtype: torch.dtype, catalogue: Catalogue, tmp_path: Path
 ) -> None:
     encoder = in_type(dtype, encoder_of(name, tmp_path / "encoder"))
