@@ -236,7 +236,7 @@ class _Loop:
     def _update(self, batches: Iterator[Batch], n_batches: int) -> None:
         """One step of the optimiser, over one or several batches."""
         torch.manual_seed(seed_of(self.seed, 2, self.updates.done))  # a resumed update draws the same
-        self._train_mode()
+        self.tuned.train()
         self.updates.start()
         scale = self.updates.scaler.scale
         reports = [self.objectives.backward(batch, 1 / n_batches, scale) for batch in batches]
@@ -244,13 +244,6 @@ class _Loop:
         for name, value in noted.items():
             total, times = self.sums.get(name, (0.0, 0))
             self.sums[name] = (total + value, times + 1)
-
-    def _train_mode(self) -> None:
-        """Training mode, but with batch normalisation as it was learnt: chunks must not see each other."""
-        self.tuned.train()
-        for module in self.encoder.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
 
     def _autocast(self) -> torch.autocast:
         kind = torch.float32 if self.precision == "float32" else getattr(torch, self.precision)

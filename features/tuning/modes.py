@@ -81,13 +81,17 @@ class Tuned:
         """Name in the encoder -> parameter; what an optimizer gets."""
 
     def train(self) -> None:
-        """Switch on dropout and batch statistics where something is trained, and only there.
+        """Switch on dropout where something is trained, and only there.
 
-        Frozen blocks behave as they do in use, so that their states can be kept, and a frozen tower's running
-        means stay as they are. `encoder.train()` knows nothing of that: call this one.
+        Frozen blocks behave as they do in use, so that their states can be kept. Batch normalisation stays as
+        it was learnt, though its scales are trained: chunks of a batch must not see each other, nor one that
+        is run twice count twice. `encoder.train()` knows nothing of that: call this one.
         """
         self.encoder.train()
         _rest(self.encoder)
+        for module in self.encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         for modality in self.encoder.info.modalities:
             if has_tower(self.encoder, modality) and self.frozen_blocks(modality) is not None:
                 _rest_stem(tower_of(self.encoder, modality))

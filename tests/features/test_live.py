@@ -9,6 +9,7 @@ import torch
 
 from features.catalogue import Catalogue, TextConfig
 from features.encoders.base import Encoder
+from features.encoders.registry import load_encoder
 from features.errors import FeatureError, FeatureFileError
 from features.gradient_cache import chunked_forward
 from features.images import ImageLimits
@@ -130,6 +131,26 @@ def test_towers_share_the_room_for_activations(
                 live.backward(modality, torch.ones(len(ROWS), 12))
             run_twice = {"image": max(0, 3 - chunks_that_fit), "text": 0 if chunks_that_fit == 100 else 3}
             assert ran == {name: 3 + more for name, more in run_twice.items()}
+
+
+def test_what_is_kept_changes_nothing_of_an_encoder_with_batch_normalisation(
+    catalogue: Catalogue, tmp_path: Path
+) -> None:
+    found = []
+    for at, room in enumerate((0, 10**9)):
+        encoder = load_encoder("tiny")
+        tuned = prepare_tuning(encoder, MODES["full"])
+        with live_encoder(
+            tuned, catalogue, ("image",), everything(), LiveConfig(), folder=tmp_path / str(at)
+        ) as rows:
+            live = CatalogueEncoder(tuned, rows.sources, chunk=2, room=room, device=CPU, autocast=None)
+            vectors = live.encode("image", ROWS)
+            live.backward("image", torch.ones_like(vectors))
+        gradients = {name: value.grad for name, value in tuned.trainable.items() if value.grad is not None}
+        found.append(({"vectors": vectors} | gradients, encoder.state_dict()))
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_only_blocks_above_the_kept_states_run_in_an_epoch(catalogue: Catalogue, tmp_path: Path) -> None:

@@ -30,10 +30,8 @@ from tests.pipeline.test_joint_stage import dataset_in, way
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FILES = ("model.safetensors", RECOMMENDER_FILE)
-# The picture tower takes statistics over a chunk, which shares of a step have fewer rows for. The one
-# validation is after the last epoch, so that the epoch it chooses is one in which the encoder was trained.
-TEXTS_TRAINED = way(
-    tuning={"frozen_towers": ["image"]},
+# The one validation is after the last epoch: the epoch it chooses is one in which the encoder was trained.
+ALL_TRAINED = way(
     training={"epochs": 3, "eval_every": 3},
     joint={"warmup_epochs": 1, "learning_rate": 1e-4},
 )
@@ -50,7 +48,7 @@ class Shop:
     def train(
         self,
         n_processes: int,
-        config: JointWayConfig = TEXTS_TRAINED,
+        config: JointWayConfig = ALL_TRAINED,
         *,
         reporter: Reporter = SILENT,
         force: bool = False,
