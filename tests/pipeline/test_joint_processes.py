@@ -104,8 +104,10 @@ def test_two_processes_train_what_one_trains(shop: Shop) -> None:
         for name, value in alone.items():
             torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-4, msg=name)
     histories = [pl.read_parquet(artefact.path(HISTORY_FILE)).drop("seconds") for artefact in (one, two)]
-    assert "gradient_norm_text" in histories[0].columns
-    assert_frame_equal(*histories, rel_tol=1e-4)
+    assert {"gradient_norm_image", "gradient_norm_text"} <= set(histories[0].columns)
+    assert_frame_equal(*(history.head(2) for history in histories), rel_tol=1e-4)
+    # A gradient's length changes more than the weights do: by then they differ in their fifth digit.
+    assert_frame_equal(*histories, rel_tol=1e-3)
     started, trained = (each.state_dict() for each in (load_encoder("tiny"), _encoder(shop, two)))
     assert max(float((value - trained[name]).abs().max()) for name, value in started.items()) > 5e-4
     assert not shop.left_in_scratch()
