@@ -92,10 +92,11 @@ def chunked_forward(
         with torch.set_grad_enabled(held + expected <= room), activations.counted():
             output = run()
         fits = output.requires_grad and held + activations.n_bytes <= room
-        kept.append(output if fits else None)
         held += activations.n_bytes if fits else 0
         expected = activations.n_bytes if fits else room + 1  # nor is a later one tried
+        kept.append(output if fits else None)
         outputs.append(output.detach())
+        del output  # and its graph, before the next one is made
     leaf = torch.cat(outputs).requires_grad_()
     return Chunked(leaf, tuple(passes), tuple(map(len, outputs)), tuple(states), tuple(kept), held)
 

@@ -117,7 +117,9 @@ class FinetuningConfig(BaseModel, frozen=True, extra="forbid"):
         32, description="Items encoded at a time; it sets the memory and does not change the gradient."
     )
     activations_mb: NonNegativeInt = Field(
-        2_048, description="MiB of activations that may be kept; chunks that do not fit are run twice."
+        2_048,
+        description="MiB of activations that may be kept; chunks that do not fit are run twice, as all are "
+        "with tuning.gradient_checkpointing.",
     )
     accumulate: PositiveInt = Field(1, description="Batches whose gradients are averaged for one update.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -142,7 +142,7 @@ class _Loop:
             encoder,
             objectives,
             config.chunk_size,
-            room=config.activations_mb * 2**20,
+            room=0 if self.tuned.recomputes else config.activations_mb * 2**20,
             co_purchases=self.pairing,
             autocast=self._autocast,
             same_picture=self.items.same_picture,

@@ -31,7 +31,9 @@ class LiveConfig(BaseModel, frozen=True, extra="forbid"):
 
     chunk: PositiveInt = Field(64, description="Items encoded at a time; this sets the memory of a step.")
     activations_mb: NonNegativeInt = Field(
-        2_048, description="MiB of activations that may be kept; chunks that do not fit are run twice."
+        2_048,
+        description="MiB of activations that may be kept; chunks that do not fit are run twice, as all are "
+        "with tuning.gradient_checkpointing.",
     )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: mixed precision; weights and their updates stay float32."
@@ -117,7 +119,7 @@ def live_encoder(
             tuned,
             sources,
             chunk=config.chunk,
-            room=config.activations_mb * 2**20,
+            room=0 if isinstance(tuned, Tuned) and tuned.recomputes else config.activations_mb * 2**20,
             device=device,
             autocast=_AUTOCAST[config.precision],
         )

@@ -80,6 +80,11 @@ class Tuned:
         }
         """Name in the encoder -> parameter; what an optimizer gets."""
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks are computed again in the backward pass, so that activations are not to be kept."""
+        return bool(self._checkpointed)
+
     def train(self) -> None:
         """Switch on dropout where something is trained, and only there.
 

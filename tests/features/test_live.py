@@ -133,6 +133,19 @@ def test_towers_share_the_room_for_activations(
             assert ran == {name: 3 + more for name, more in run_twice.items()}
 
 
+def test_blocks_that_are_computed_again_are_not_kept_as_well(catalogue: Catalogue, tmp_path: Path) -> None:
+    encoder = small_encoder(SMALL)
+    tuned = prepare_tuning(encoder, TuningConfig(mode="full", gradient_checkpointing=True))
+    ran: list[int] = []
+    encoder.model.visual.ln_pre.register_forward_hook(lambda *_: ran.append(1))  # no part of a block
+    with live_encoder(
+        tuned, catalogue, ("image",), everything(), LiveConfig(chunk=2), folder=tmp_path
+    ) as live:
+        vectors = live.encode("image", ROWS)
+        live.backward("image", torch.ones_like(vectors))
+    assert len(ran) == 6
+
+
 def test_what_is_kept_changes_nothing_of_an_encoder_with_batch_normalisation(
     catalogue: Catalogue, tmp_path: Path
 ) -> None:
