@@ -85,7 +85,8 @@ def test_the_last_shard_makes_the_artefact_of_one_process(
     assert parts_of(made.artefact) == parts_of(unsharded)
     facts, expected = dict(made.artefact.manifest.facts), dict(unsharded.manifest.facts)
     assert facts.pop("shards") == 3
-    differ = {"seconds", "items_per_s", "waiting_share", "summary", "workers"}
+    # Of several processes, each with the memory of its machine, none knows the peak.
+    differ = {"seconds", "items_per_s", "waiting_share", "summary", "workers", "peak_memory_bytes"}
     assert {name: facts[name] for name in facts.keys() - differ} == {
         name: expected[name] for name in expected.keys() - differ
     }
