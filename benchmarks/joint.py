@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -260,7 +261,7 @@ def main() -> int:
         )
         print(json.dumps(measured))
         return 0
-    best: dict[tuple[object, ...], dict[str, object]] = {}
+    best: dict[tuple[object, ...], dict[str, Any]] = {}
     turns = list(product(options.ways, options.precision, options.batch)) * options.rounds
     for way, precision, batch in turns:
         command = [sys.executable, "-m", "benchmarks.joint", "--one", "--ways", way, "--batch", str(batch)]
@@ -274,7 +275,7 @@ def main() -> int:
         row = json.loads(done.stdout)
         print(_line(row), file=sys.stderr)
         key = (way, precision, batch)
-        if key not in best or row["step_s"] < float(str(best[key]["step_s"])):
+        if key not in best or row["step_s"] < best[key]["step_s"]:
             best[key] = row
     rows = list(best.values())
     head = ["way", "batch", "precision", "items a step", "step", "epoch", "states, once", "memory of a step"]

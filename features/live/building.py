@@ -119,7 +119,7 @@ def live_encoder(
             tuned,
             sources,
             chunk=config.chunk,
-            room=0 if isinstance(tuned, Tuned) and tuned.recomputes else config.activations_mb * 2**20,
+            room=0 if tuned.recomputes else config.activations_mb * 2**20,
             device=device,
             autocast=_AUTOCAST[config.precision],
         )

@@ -29,6 +29,11 @@ class SideTuned:
         }
         """Name in the encoder -> parameter; what an optimizer gets."""
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks are computed again in the backward pass: none is, as no gradient reaches them."""
+        return False
+
     def train(self) -> None:
         """Switch on the side networks' dropout; the frozen encoder behaves as in use."""
         self.encoder.train()

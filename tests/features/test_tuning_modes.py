@@ -130,7 +130,10 @@ def test_batch_normalisation_stays_as_it_was_learnt(mode: Any, make: Callable[[s
     tuned = prepare_tuning(encoder, TuningConfig(mode=mode, last_n=1, temperature=False))
     pixels = inputs_of(encoder, "image")
     plain = vectors_of(encoder, "image", pixels).detach()
+    kept = tower_of(encoder, "image")
     tuned.train()
+    with torch.no_grad():
+        lower = kept.run(kept.stem(pixels), 0, 3)
     assert torch.equal(vectors_of(encoder, "image", pixels), plain)
     alone = vectors_of(encoder, "image", pixels[:1])  # whatever else is in a chunk
     torch.testing.assert_close(alone, plain[:1], rtol=1e-4, atol=1e-4)
@@ -141,6 +144,9 @@ def test_batch_normalisation_stays_as_it_was_learnt(mode: Any, make: Callable[[s
     assert set(scales) <= changed
     assert "model.logit_scale" not in changed
     assert not any("running" in name or "num_batches" in name for name in changed)
+    if mode == "last-n":
+        with torch.no_grad():
+            assert torch.equal(kept.run(kept.stem(pixels), 0, 3).states, lower.states)
 
 
 @pytest.mark.parametrize(("mode", "random"), [("full", True), ("last-n", False), ("lora", False)])

@@ -195,11 +195,17 @@ def test_an_unknown_option_is_told_by_the_parser(shell: Shell) -> None:
     assert "--shop" in err
 
 
-def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next command end with this error."""
 
-    monkeypatch.setattr("pipeline.cli_store.open_store", interrupted)
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pipeline.cli_store.open_store", failing)
+
+
+def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> None:
+    fail_with(KeyboardInterrupt(), monkeypatch)
     code, _, err = shell("ls")
     assert code == EXIT_INTERRUPTED
     assert "the same command goes on" in err
@@ -216,10 +222,7 @@ def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, shell: Shell)
 def test_too_little_memory_says_which_settings_need_less(
     error: Exception, monkeypatch: pytest.MonkeyPatch, shell: Shell
 ) -> None:
-    def greedy(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("pipeline.cli_store.open_store", greedy)
+    fail_with(error, monkeypatch)
     code, _, err = shell("ls")
     assert code == EXIT_USER_ERROR
     assert "out of memory" in err
@@ -238,10 +241,7 @@ def test_torch_words_a_lack_of_memory_as_is_looked_for(monkeypatch: pytest.Monke
 
 
 def test_other_errors_of_a_program_stay_what_they_are(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("a shape is wrong")
-
-    monkeypatch.setattr("pipeline.cli_store.open_store", broken)
+    fail_with(RuntimeError("a shape is wrong"), monkeypatch)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         shell("ls")
 
