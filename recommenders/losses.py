@@ -65,7 +65,12 @@ def bpr_loss(scores: Tensor) -> Tensor:
     learning rate does not depend on the batch size.
     """
     _refuse_without_negatives(scores)
-    return softplus(scores[:, 1:] - scores[:, :1]).mean()
+    return bpr_loss_of_leads(scores[:, 1:] - scores[:, :1])
+
+
+def bpr_loss_of_leads(leads: Tensor) -> Tensor:
+    """Return ``bpr_loss`` from x_uj - x_ui, (B, N): how far each negative's score is above the positive's."""
+    return softplus(leads).mean()
 
 
 def bce_loss(scores: Tensor) -> Tensor:
@@ -200,7 +205,21 @@ def half_squared_norm(*tensors: Tensor) -> Tensor:
     Rendle et al. (UAI 2009, fig. 4) and He and McAuley (AAAI 2016, sec. "Learning") state regularisation by
     that gradient, ``lambda * theta``; half a square is the penalty it belongs to.
     """
-    return 0.5 * torch.stack([tensor.square().sum() for tensor in tensors]).sum()
+    result: Tensor = _HalfSquaredNorm.apply(*tensors)
+    return result
+
+
+class _HalfSquaredNorm(torch.autograd.Function):
+    """The gradient in one pass over the numbers: that of a square, of a sum and of a factor take three."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return 0.5 * torch.stack([tensor.square().sum() for tensor in tensors]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor * gradients[0].to(tensor.dtype) for tensor in ctx.saved_tensors)
 
 
 def info_nce(anchors: Tensor, others: Tensor, temperature: float) -> Tensor:

@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
 from recommenders.interactions import Interactions
-from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
-from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
+from recommenders.losses import bpr_loss_of_leads, half_squared_norm, pair_scores
+from recommenders.models.base import Recommender, batch_items, rows_minus_first, rows_of, xavier_uniform
 from recommenders.ranges import Range
 from recommenders.sampling import Batch
 
@@ -85,28 +85,45 @@ class Vbpr(Recommender):
     @override
     def forward(self, features: FeatureTable) -> tuple[Tensor, Tensor]:
         """Return [gamma_u, theta_u, 1] and [gamma_i, E f_i, b_i + beta' . f_i]: eq. 1 is their product."""
-        items = self._items(self.item_factors, self.item_bias, features.vectors)
-        return pad(self.users, (0, 1), value=1.0), items
+        content = self._content(features.vectors) + pad(self.item_bias.unsqueeze(1), (self.content_dim, 0))
+        return pad(self.users, (0, 1), value=1.0), torch.cat([self.item_factors, content], dim=1)
 
     @override
     def loss(self, batch: Batch, features: FeatureTable) -> Tensor:
-        """Return BPR plus L2, touching only the batch's rows and projecting each of its items once."""
-        distinct, places, counts = torch.unique(batch_items(batch), return_inverse=True, return_counts=True)
-        vectors = {name: rows_of(features.vectors[name], distinct) for name in self.projections}
-        factors, bias = rows_of(self.item_factors, distinct), rows_of(self.item_bias, distinct)
-        items = rows_of(self._items(factors, bias, vectors), places)  # (B, 1 + N, K + A + 1)
+        """Return BPR plus L2, touching only the batch's rows.
+
+        As eq. 1 is linear in the item, a pair's two scores differ by the score of the items' difference. So
+        features are subtracted first, and each pair is projected once: B N rows, not those of both items.
+        """
+        rows = batch_items(batch)
         users = rows_of(self.users, batch.users)
-        scores = pair_scores(pad(users, (0, 1), value=1.0), items)
-        often = counts.to(factors.dtype).sqrt()  # a row that comes n times counts n times
-        learnt = [users, often.unsqueeze(1) * factors, often * bias]
-        penalty = self.l2 / len(users) * half_squared_norm(*learnt)
+        factors, bias = rows_of(self.item_factors, rows), rows_of(self.item_bias, rows)
+        content = self._content_lead(rows, features)
+        dim = factors.shape[-1]
+        # x_uj - x_ui, (B, N): the factors', the content's and the biases' share.
+        leads = pair_scores(users[:, :dim], factors[:, 1:] - factors[:, :1])
+        leads = leads + pair_scores(users[:, dim:], content[..., :-1]) + content[..., -1]
+        leads = leads + bias[:, 1:] - bias[:, :1]
+        penalty = self.l2 / len(users) * half_squared_norm(users, factors, bias)
         if self.l2_projection:
             penalty = penalty + self.l2_projection * half_squared_norm(*self.projections.values())
-        return bpr_loss(scores) + penalty
+        return bpr_loss_of_leads(leads) + penalty
 
-    def _items(self, factors: Tensor, bias: Tensor, vectors: Mapping[str, Tensor]) -> Tensor:
-        """Return [gamma_i, E f_i, b_i + beta' . f_i], (R, K + A + 1), of R items."""
-        content = pad(bias.unsqueeze(1), (self.content_dim, 0))
-        for name, matrix in self.projections.items():
-            content = torch.addmm(content, vectors[name].to(matrix.dtype), matrix)
-        return torch.cat([factors, content], dim=1)
+    def _content_lead(self, rows: Tensor, features: FeatureTable) -> Tensor:
+        """Return [E (f_j - f_i), beta' (f_j - f_i)], (B, N, A + 1), of rows (B, 1 + N) of i and its N j."""
+        n_pairs, n_negatives = len(rows), rows.shape[1] - 1
+        if self.n_items <= n_pairs * n_negatives:  # then all items are fewer than the pairs
+            items = rows_of(self._content(features.vectors), rows)
+            return items[:, 1:] - items[:, :1]
+        return self._content(
+            {name: rows_minus_first(features.vectors[name], rows) for name in self.projections}
+        ).reshape(n_pairs, n_negatives, -1)
+
+    def _content(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """Return [E f, beta' f], (R, A + 1), of R rows of features."""
+        tables = ((vectors[name].to(matrix.dtype), matrix) for name, matrix in self.projections.items())
+        first, matrix = next(tables)  # a table without modalities is refused before
+        content: Tensor = first @ matrix
+        for table, matrix in tables:
+            content = torch.addmm(content, table, matrix)
+        return content

@@ -81,6 +81,36 @@ def test_only_the_items_of_a_batch_are_projected() -> None:
     assert table.grad.abs().sum(dim=1).nonzero().flatten().tolist() == [3, 5, 8]
 
 
+@pytest.mark.parametrize("n_negatives", [1, 3])
+@pytest.mark.parametrize("n_items", [5, 40])  # fewer than the batch's pairs, and more
+def test_differences_of_features_rank_as_scores_do(n_items: int, n_negatives: int) -> None:
+    world = random_world(n_users=7, n_items=n_items)
+    model = with_biases(
+        Vbpr(
+            world.split.train,
+            world.features,
+            VbprConfig(dim=3, l2=0, l2_projection=0),
+            np.random.default_rng(0),
+        )
+    ).double()
+    features = FeatureTable(
+        {name: table.double() for name, table in world.features.vectors.items()}, world.features.present
+    )
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(n_items, (9, 1 + n_negatives), generator=generator)
+    batch = Batch(torch.randint(7, (9,), generator=generator), rows[:, 0], rows[:, 1:])
+    loss = model.loss(batch, features)
+    users, items = model(features)
+    scores = (users @ items.T)[batch.users.unsqueeze(1), rows]
+    expected = torch.log1p(torch.exp(scores[:, 1:] - scores[:, :1])).mean()
+    torch.testing.assert_close(loss, expected)
+    parameters = list(model.parameters())
+    for found, right in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(found, right)
+
+
 def chosen_by_content(seed: int = 0, n_users: int = 150, n_items: int = 200) -> World:
     """Users take the items whose hidden trait fits their taste best; features show the trait, noisily."""
     rng = np.random.default_rng(seed)
