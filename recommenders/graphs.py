@@ -170,9 +170,11 @@ def sparse_product(matrix: Tensor, table: Tensor) -> Tensor:
 def bag_sums(columns: Tensor, starts: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     """Return (N, D): the sums of ``weights[e] * table[columns[e]]`` over e in ``starts[n]:starts[n + 1]``.
 
-    They have the precision of the weights: a table in half precision, as autocast makes them, is summed in
-    float32.
+    They carry no gradient. They have the precision of the weights: a table in half precision, as autocast
+    makes them, is summed in float32.
     """
+    # Detached, or torch prepares a backward pass, with gradients switched off too: half as long again.
+    weights, table = weights.detach(), table.detach()
     sums: Tensor = embedding_bag(
         columns,
         table.to(weights.dtype),

@@ -24,9 +24,9 @@ from recommenders.checkpoints import Checkpoint, load_optimizer, optimizer_tenso
 from recommenders.errors import TrainingError
 from recommenders.evaluation import EvaluationConfig
 from recommenders.feature_input import FeatureTable
+from recommenders.info_nce import info_nce
 from recommenders.interactions import Interactions
 from recommenders.live import LiveRows, LiveTable, RowEncoder
-from recommenders.losses import info_nce
 from recommenders.models.base import Recommender
 from recommenders.pooled import PooledPairs
 from recommenders.sampling import Batch, TrainingPairs

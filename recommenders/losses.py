@@ -1,4 +1,4 @@
-"""Losses shared by the models: ranking of pairs and of batches, contrast within a batch, and L2."""
+"""Losses shared by the models: ranking of pairs and of batches, and L2."""
 
 from __future__ import annotations
 
@@ -10,17 +10,8 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, softplus
 
-from recommenders.graphs import outside_compiler
 from recommenders.sampling import InBatch
 from recommenders.settings import Counts
-
-_BLOCK_ANCHORS = 512
-"""Anchors compared at once on a CPU: their products with 2,048 others, 4 MiB, fit its cache."""
-_LINE = 16
-"""Numbers in a cache line."""
-_LOG2_E = math.log2(math.e)
-_SAFE_EXPONENT = 60.0
-"""exp of this and the sum of 10^12 such numbers are finite in float32, and exp of its negative is no zero."""
 
 
 class LossConfig(BaseModel, frozen=True, extra="forbid"):
@@ -223,101 +214,3 @@ class _HalfSquaredNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor * gradients[0].to(tensor.dtype) for tensor in ctx.saved_tensors)
-
-
-def info_nce(anchors: Tensor, others: Tensor, temperature: float) -> Tensor:
-    """Return the mean over rows b of -ln (exp(a_b . o_b / t) / sum over c of exp(a_b . o_c / t)).
-
-    Args:
-        anchors: (B, D); callers that mean cosines hand in rows of length 1.
-        others: (C, D), C >= B: row b belongs with ``anchors[b]``, all rows beside it are its negatives.
-        temperature: t.
-
-    Source: van den Oord et al., "Representation learning with contrastive predictive coding", 2018, eq. 4.
-    """
-    with torch.autocast(anchors.device.type, enabled=False):  # its exponentials need float32
-        scaled, others = _at_least_float32(anchors) / temperature, _at_least_float32(others)
-        own = (scaled * others[: len(scaled)]).sum()
-        return (_log_sums(scaled, others) - own) / len(scaled)
-
-
-def info_nce_of_pairs(
-    anchors: Tensor, others: Tensor, temperature: float, pairs: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Return ``info_nce(anchors[rows], others[columns], t)``, comparing rows that come again only once.
-
-    Of 2,048 interactions of Amazon Baby, 1,905 users and 1,460 items are distinct, so that a third of all
-    products would come again.
-
-    Args:
-        anchors: (R, D).
-        others: (S, D).
-        temperature: t.
-        pairs: (B,) rows of ``anchors`` and (B,) rows of ``others`` that belong together.
-    """
-    rows, columns = pairs
-    with torch.autocast(anchors.device.type, enabled=False):
-        scaled, others = _at_least_float32(anchors) / temperature, _at_least_float32(others)
-        own = (scaled.index_select(0, rows) * others.index_select(0, columns)).sum()
-        times = torch.bincount(rows, minlength=len(scaled)), torch.bincount(columns, minlength=len(others))
-        return (_log_sums(scaled, others, *times) - own) / len(rows)
-
-
-def _at_least_float32(rows: Tensor) -> Tensor:
-    return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
-
-
-@outside_compiler
-def _log_sums(
-    anchors: Tensor, others: Tensor, row_times: Tensor | None = None, column_times: Tensor | None = None
-) -> Tensor:
-    """Return the sum over r of n_r ln (sum over c of m_c exp(a_r . o_c)); all n and m are 1 if not given."""
-    n = anchors.new_ones(len(anchors)) if row_times is None else row_times.to(anchors)
-    m = others.new_ones(len(others)) if column_times is None else column_times.to(others)
-    result: Tensor = _LogSums.apply(anchors, others, n.unsqueeze(1), m.unsqueeze(1))
-    return result
-
-
-class _LogSums(torch.autograd.Function):
-    """The softmax of the products gives both gradients, block by block of anchors: nothing (R, S) is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, anchors: Tensor, others: Tensor, row_times: Tensor, column_times: Tensor) -> Tensor:
-        step = _BLOCK_ANCHORS if anchors.device.type == "cpu" else max(len(anchors), 1)
-        # By Cauchy-Schwarz; cosines need no search for the largest product. A GPU would have to wait.
-        bounded = anchors.device.type == "cpu" and len(anchors) > 0
-        bounded = bounded and bool(_longest(anchors) * _longest(others) < _SAFE_EXPONENT)
-        to_anchors, to_others = torch.empty_like(anchors), torch.zeros_like(others)
-        repeated = others * column_times
-        # One for all blocks, so that it stays in a CPU's cache; each row starts where a cache line does.
-        width = -(-len(others) // _LINE) * _LINE
-        products = anchors.new_empty(min(step, len(anchors)), width)[:, : len(others)]
-        value = anchors.new_zeros(())
-        for start in range(0, len(anchors), step):
-            block, times = anchors[start : start + step], row_times[start : start + step]
-            # As powers of 2, which take a CPU a third of the time of powers of e.
-            shares = torch.mm(block * _LOG2_E, others.T, out=products[: len(block)])
-            if not bounded:
-                shares.masked_fill_(
-                    column_times.T == 0, -torch.inf
-                )  # or it may be the largest, and all others 0
-                largest = shares.amax(dim=1, keepdim=True)
-                value += (largest * times).sum() / _LOG2_E
-                shares -= largest
-            totals = shares.exp2_() @ column_times
-            value += (totals.log() * times).sum()
-            scales = times / totals
-            to_anchors[start : start + step] = (shares @ repeated) * scales
-            to_others.addmm_(shares.T, block * scales)
-        ctx.gradients = (to_anchors, to_others * column_times)
-        return value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return *(gradients[0] * part for part in ctx.gradients), None, None
-
-
-def _longest(rows: Tensor) -> Tensor:
-    """Return the length of the longest row."""
-    return rows.square().sum(dim=1).max().sqrt()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from typing_extensions import override
 
 from recommenders.models.base import xavier_uniform
@@ -30,8 +31,7 @@ class Affine(nn.Module):
     @override
     def forward(self, rows: Tensor) -> Tensor:
         """Return (..., width_out) of (..., width_in)."""
-        product = rows.to(self.weight.dtype) @ self.weight
-        return product if self.bias is None else product + self.bias
+        return linear(rows.to(self.weight.dtype), self.weight.T, self.bias)
 
 
 def chained(first: nn.Module, second: nn.Module) -> Callable[[Tensor], Tensor]:

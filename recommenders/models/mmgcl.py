@@ -17,8 +17,9 @@ from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph
+from recommenders.info_nce import info_nce
 from recommenders.interactions import Interactions
-from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
+from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of
 from recommenders.models.modality_encoder import ModalityEncoder
 from recommenders.sampling import Batch

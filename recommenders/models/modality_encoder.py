@@ -13,7 +13,7 @@ from recommenders.feature_input import FeatureTable
 from recommenders.graphs import mean_propagation
 from recommenders.models.base import rows_of, xavier_uniform
 from recommenders.models.layers import Affine
-from recommenders.propagation import UserItemMatrix, spread_from_items, spread_from_users
+from recommenders.propagation import UserItemMatrix, spread_from_items, spread_rows
 
 _COLUMNS = 128
 """Columns of features smoothed at once."""
@@ -86,33 +86,33 @@ class ModalityEncoder(nn.Module):
 
     def parts_at(
         self, matrix: UserItemMatrix, smooth: SmoothFeatures, n_layers: int, users: Tensor, items: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
         """Return the rows of ``propagate``'s parts that a batch reads, at a third of the cost.
 
         Args:
             matrix: Of the graph that ``smooth`` was made with.
             smooth: Of the feature table.
             n_layers: As there.
-            users: (R,) user rows.
-            items: (S,) item rows.
+            users: (R,) distinct user rows.
+            items: (S,) distinct item rows.
 
         Returns:
-            (R, D) of the users and (S, D) of the items for the ids, then for every modality.
+            (R, D) of the users and (S, D) of the items for the ids, then for every modality; and their ids'
+            own embeddings, (R, D) and (S, D).
         """
-        spread = (
-            spread_from_users(matrix, self.users, n_layers),
-            spread_from_items(matrix, self.items, n_layers),
-        )
-        sides = ((rows_of(one, users), rows_of(other, items)) for one, other in spread)
-        from_users, from_items = ([rows / (n_layers + 1) for rows in side] for side in sides)
-        parts = ([from_users[0] + from_items[0]], [from_users[1] + from_items[1]])
+        spread = spread_rows(matrix, (self.users, self.items), n_layers, (users, items))
+        from_users = [rows / (n_layers + 1) for rows in spread.from_users]
+        parts = [
+            [torch.add(near, rows, alpha=1 / (n_layers + 1))]
+            for near, rows in zip(from_users, spread.from_items, strict=True)
+        ]
         for name in self.modalities:
             weight = self.projections[name].get_parameter("weight")
             columns = torch.cat([weight, self.projections[name].get_parameter("bias").unsqueeze(0)])
             for side, table in enumerate((smooth.users[name], smooth.items[name])):
                 rows = rows_of(table, (users, items)[side])
                 parts[side].append(torch.addmm(from_users[side], rows, columns))
-        return parts
+        return parts[0], parts[1], spread.own
 
     def users_from(self, parts: Sequence[Tensor], rows: Tensor | None = None) -> Tensor:
         """Return the (R, D) embeddings of some users, or of all, from parts (U + I, D)."""

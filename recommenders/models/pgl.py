@@ -20,9 +20,10 @@ from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph
+from recommenders.info_nce import info_nce
 from recommenders.interactions import Interactions
 from recommenders.item_graphs import ItemGraph, blended_even_graph
-from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
+from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
 from recommenders.models.layers import Affine
 from recommenders.propagation import KeptFor, symmetric_product

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from recommenders.losses import bpr_loss, half_squared_norm, info_nce, pair_scores
+from recommenders.info_nce import info_nce
+from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import batch_items, rows_of
 from recommenders.sampling import Batch
 

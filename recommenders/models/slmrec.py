@@ -17,9 +17,10 @@ from typing_extensions import override
 
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph
+from recommenders.info_nce import info_nce, info_nce_of_pairs
 from recommenders.interactions import Interactions
 from recommenders.item_graphs import are_live
-from recommenders.losses import bpr_loss, half_squared_norm, info_nce, info_nce_of_pairs, pair_scores
+from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of
 from recommenders.models.layers import Affine
 from recommenders.models.modality_encoder import ModalityEncoder, SmoothFeatures
@@ -121,7 +122,7 @@ class Slmrec(Recommender):
         item_rows = self._items(batch)
         items, places = torch.unique(item_rows, return_inverse=True)
         users, user_places = torch.unique(batch.users, return_inverse=True)
-        of_users, of_items = self._parts_at(features, users, items)
+        of_users, of_items, ids = self._parts_at(features, users, items)
         loss = self._ranking(of_users, of_items, user_places, places)
         if self.config.ssl_weight:
             positives = torch.unique(places[:, 0])
@@ -134,7 +135,7 @@ class Slmrec(Recommender):
                 inputs = self.encoder.inputs(features)
                 contrast = self._two_views(users, items[positives], inputs)
             loss = loss + self.config.ssl_weight * contrast
-        own = [rows_of(self.encoder.users, batch.users), rows_of(self.encoder.items, item_rows)]
+        own = rows_of(ids[0], user_places), rows_of(ids[1], places)
         return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
 
     def _smoothed(self, features: FeatureTable) -> SmoothFeatures:
@@ -145,11 +146,12 @@ class Slmrec(Recommender):
 
     def _parts_at(
         self, features: FeatureTable, users: Tensor, items: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return (R, D) of R users and (S, D) of S items, for the ids and every modality."""
+    ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
+        """Return (R, D) of R users and (S, D) of S items, for the ids and every modality; and their ids."""
         if self._smooth is None or are_live(features):
             parts = self._propagate(self.encoder.inputs(features))
-            return [rows_of(part, users) for part in parts], self.encoder.items_of(parts, items)
+            ids = rows_of(self.encoder.users, users), rows_of(self.encoder.items, items)
+            return [rows_of(part, users) for part in parts], self.encoder.items_of(parts, items), ids
         smooth = self._smooth.of(features, training=self.training)
         return self.encoder.parts_at(self.user_items, smooth, self.config.n_layers, users, items)
 

@@ -9,7 +9,7 @@ from recommenders.propagation import (
     KeptFor,
     UserItemMatrix,
     spread_from_items,
-    spread_from_users,
+    spread_rows,
     symmetric_product,
 )
 from tests.references.plain_graphs import bipartite, symmetric, user_item_matrix
@@ -100,15 +100,41 @@ def test_a_table_that_was_written_to_is_another_table() -> None:
 
 
 @pytest.mark.parametrize("n_layers", [0, 1, 2, 3, 4])
-def test_what_spreads_from_each_side_adds_up_to_the_sum_of_the_layers(n_layers: int) -> None:
-    world = random_world(n_users=7, n_items=5)
-    graph = UserItemGraph(world.split.train)
-    matrix = UserItemMatrix.symmetric(graph)
-    users, items = torch.randn(7, 3), torch.randn(5, 3)
-    mean = mean_propagation(graph.adjacency(), torch.cat([users, items]), n_layers)
-    of_users, of_items = (
-        spread_from_users(matrix, users, n_layers),
-        spread_from_items(matrix, items, n_layers),
-    )
-    torch.testing.assert_close(of_users[0] + of_items[0], (n_layers + 1) * mean[:7])
-    torch.testing.assert_close(of_users[1] + of_items[1], (n_layers + 1) * mean[7:])
+def test_spread_rows_and_their_gradients_are_those_of_the_sum_of_powers_of_the_dense_graph(
+    n_layers: int,
+) -> None:
+    users, items = torch.tensor([6, 1, 2]), torch.tensor([10, 0, 4, 7])
+    matrix = UserItemMatrix.symmetric(UserItemGraph(TRAIN))
+    adjacency = torch.from_numpy(bipartite(user_item_matrix(TRAIN)))
+    layers = sum(torch.linalg.matrix_power(adjacency, power) for power in range(n_layers + 1)).float()
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(8, 3, generator=generator), torch.randn(11, 3, generator=generator)]
+    found, expected = ([table.clone().requires_grad_() for table in drawn] for _ in range(2))
+    spread = spread_rows(matrix, (found[0], found[1]), n_layers, (users, items))
+    of_users, of_items = layers[:, :8] @ expected[0], layers[:, 8:] @ expected[1]
+    plain = [
+        expected[0][users],
+        expected[1][items],
+        of_users[:8][users],
+        of_users[8:][items],
+        of_items[:8][users],
+        of_items[8:][items],
+    ]
+    rows = [*spread.own, *spread.from_users, *spread.from_items]
+    weights = [torch.randn(row.shape, generator=generator) for row in rows]
+    for one, other in zip(rows, plain, strict=True):
+        torch.testing.assert_close(one, other)
+    for values in (rows, plain):
+        sum((row * weight).sum() for row, weight in zip(values, weights, strict=True)).backward()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 2, 3, 4])
+def test_what_spreads_from_items_is_their_part_of_the_sum_of_the_layers(n_layers: int) -> None:
+    graph = UserItemGraph(TRAIN)
+    items = torch.randn(11, 3, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([torch.zeros(8, 3), items])
+    mean = mean_propagation(graph.adjacency(), alone, n_layers)
+    of_users, of_items = spread_from_items(UserItemMatrix.symmetric(graph), items, n_layers)
+    torch.testing.assert_close(torch.cat([of_users, of_items]), (n_layers + 1) * mean)
