@@ -14,7 +14,6 @@ import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from recommenders.co_occurrence import co_occurrence_neighbours
@@ -24,6 +23,7 @@ from recommenders.interactions import Interactions
 from recommenders.item_graphs import Edges, ItemGraph, are_live, cosine_weights, normalised
 from recommenders.losses import half_squared_norm, pair_scores
 from recommenders.models.base import Recommender, batch_items, rows_of, xavier_uniform
+from recommenders.models.graded_relations import BLOCK_NUMBERS, graded_relations
 from recommenders.propagation import KeptFor
 from recommenders.ranges import Range
 from recommenders.sampling import Batch
@@ -37,10 +37,8 @@ SEARCH: dict[str, Range] = {
 }
 """What MMRec's configuration lists as tried."""
 
-_BLOCK_NUMBERS = 1 << 22
-"""Cosines of items of a batch with all items that are held at once for each graph: 16 MiB."""
 _SEARCH_NUMBERS = 1 << 24
-"""The same of all items with all while a graph is built, for each modality: 64 MiB."""
+"""Cosines of items with all items that are held at once for each modality while a graph is built: 64 MiB."""
 _ROUNDING = 1e-6
 """By how much a cosine may be below the mean where all are alike."""
 
@@ -98,12 +96,7 @@ class DaMrs(Recommender):
     divergence, both ways, of the chances sigmoid(a) and sigmoid(b), with a = h_u . z / |z| for LightGCN's
     item z, and b likewise for the mean of h^g. Both ways add up to (sigmoid(a) - sigmoid(b)) (a - b).
 
-    relation_weight times alignment guided by graded relations, the mean over graphs and items of the batch:
-    let c be an item's cosines with all items by h^g, and its chances their softmax. The n_positives items
-    with the largest chances, added up over the graphs with g counted twice, are the first grade; of the
-    others, those with the largest chances by g alone are the second. The loss is -ln of the share of the
-    first grade in the sum of exp(c / temperature) over all items, and of the second in that over all but the
-    first. Computed in blocks, and again for the gradient, so that nothing B x I is kept.
+    relation_weight times ``graded_relations`` of the batch's items, each graph's rows scaled to length 1.
 
     Plus l2 / 2 times the mean over rows of the squared lengths of the unpropagated embeddings. The authors
     divide by no temperature in their chances, and neither does this.
@@ -155,7 +148,9 @@ class DaMrs(Recommender):
             ends = [rows_of(items, rows), rows_of(content, rows)]
             loss = loss + self.config.preference_weight * preference_alignment(distinct, *ends)
         if self.config.relation_weight:
-            loss = loss + self.config.relation_weight * self._relation_alignment(rows, sides)
+            unit = [normalize(side, dim=1) for side in sides]
+            graded = graded_relations(rows, unit, self.config.n_positives, self.config.temperature)
+            loss = loss + self.config.relation_weight * graded
         own = [rows_of(self.embeddings, wanted) for wanted in (batch.users, self.n_users + item_rows)]
         return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
 
@@ -163,8 +158,8 @@ class DaMrs(Recommender):
     def working_bytes(self, n_pairs: int, n_negatives: int) -> int:
         """Add the alignments: of the batch's users with its items, and of a block of items with all."""
         rows = min(n_pairs * (1 + n_negatives), self.n_items)
-        pairs, block = min(n_pairs, self.n_users) * rows, min(_BLOCK_NUMBERS, rows * self.n_items)
-        alignments = max(8 * pairs, 4 * self._n_graphs * block)
+        pairs, block = min(n_pairs, self.n_users) * rows, min(BLOCK_NUMBERS, rows * self.n_items)
+        alignments = max(8 * pairs, 2 * (self._n_graphs + 1) * block)
         sides = 4 * self._n_graphs * self.n_items * self.config.dim
         return super().working_bytes(n_pairs, n_negatives) + 4 * (alignments + sides)
 
@@ -198,37 +193,6 @@ class DaMrs(Recommender):
         up = backing * torch.exp(-2 * positive.var(dim=0))
         down = (positive.amax(dim=0) - negatives).clamp_min(0) * (backing < negatives)
         return up, down
-
-    def _relation_alignment(self, rows: Tensor, sides: Sequence[Tensor]) -> Tensor:
-        """Return the mean over graphs and (R,) items of the alignment by graded relations."""
-        unit = [normalize(side, dim=1) for side in sides]
-        block = max(1, _BLOCK_NUMBERS // self.n_items)
-        losses = [
-            checkpoint(self._graded, rows[start : start + block], *unit, use_reentrant=False)
-            for start in range(0, len(rows), block)
-        ]
-        return torch.cat(losses).mean()
-
-    def _graded(self, rows: Tensor, *unit: Tensor) -> Tensor:
-        """Return the (R, G) losses of R items by G graphs, whose rows (I, D) have length 1."""
-        n_positives = max(1, min(self.config.n_positives, self.n_items // 2))
-        cosines = [rows_of(table, rows) @ table.T for table in unit]
-        with torch.no_grad():
-            chances = torch.stack([table.softmax(dim=1) for table in cosines])
-            total = chances.sum(dim=0)
-        losses = []
-        for table, own in zip(cosines, chances, strict=True):
-            first = (total + own).topk(n_positives, dim=1).indices
-            second = own.scatter(1, first, 0.0).topk(n_positives, dim=1).indices
-            scaled = table / self.config.temperature
-            others = scaled.scatter(1, first, -torch.inf)
-            losses.append(
-                scaled.logsumexp(dim=1)
-                - scaled.gather(1, first).logsumexp(dim=1)
-                + others.logsumexp(dim=1)
-                - scaled.gather(1, second).logsumexp(dim=1)
-            )
-        return torch.stack(losses, dim=1)
 
     def _build(self, features: FeatureTable) -> dict[str, ItemGraph]:
         edges = consistent_edges(features, self.config.k, self.config.block_rows)

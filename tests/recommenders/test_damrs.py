@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recommenders.feature_input import FeatureTable
-from recommenders.models import damrs
+from recommenders.models import graded_relations
 from recommenders.models.damrs import DaMrs, DaMrsConfig, behaviour_graph, consistent_edges
 from recommenders.sampling import Batch
 from tests.recommenders.steps import as_float64
@@ -111,7 +111,7 @@ def test_blocks_of_items_change_no_loss_and_no_gradient(monkeypatch: pytest.Monk
     world = tiny_world("image", "text")
     gradients = []
     for numbers in (1 << 22, 2 * 9):
-        monkeypatch.setattr(damrs, "_BLOCK_NUMBERS", numbers)
+        monkeypatch.setattr(graded_relations, "BLOCK_NUMBERS", numbers)
         model = model_of(world)
         model.loss(BATCH, world.features).backward()
         gradients.append(model.embeddings.grad)
