@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, dropout
+from torch.nn.functional import cosine_similarity
 from typing_extensions import override
 
+from recommenders.dropout import dropout
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import mean_propagation, user_item_adjacency
 from recommenders.interactions import Interactions

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import dropout, normalize
+from torch.nn.functional import normalize
 from typing_extensions import override
 
+from recommenders.dropout import dropout
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph, mean_propagation
 from recommenders.info_nce import info_nce

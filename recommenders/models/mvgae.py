@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import dropout, leaky_relu, normalize
+from torch.nn.functional import leaky_relu, normalize
 from typing_extensions import override
 
+from recommenders.dropout import dropout
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import csr_tensor, user_item_adjacency
 from recommenders.interactions import Interactions

@@ -15,9 +15,10 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, Positive
 from scipy import sparse
 from scipy.sparse.linalg import svds
 from torch import Tensor, nn
-from torch.nn.functional import dropout, normalize
+from torch.nn.functional import normalize
 from typing_extensions import override
 
+from recommenders.dropout import dropout
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph
 from recommenders.info_nce import info_nce

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from typing_extensions import override
 
+from recommenders.dropout import dropout
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph
 from recommenders.info_nce import info_nce, info_nce_of_pairs
@@ -202,4 +203,4 @@ class Slmrec(Recommender):
         """Return a modality's input with numbers dropped out where the task says so; ids stay."""
         if place == 0 or "fd" not in self.config.task:
             return table
-        return torch.dropout(table, self.config.dropout, train=True)
+        return dropout(table, self.config.dropout)

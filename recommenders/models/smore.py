@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 from typing_extensions import override
 
+from recommenders.dropout import dropout
 from recommenders.feature_input import FeatureTable
 from recommenders.graphs import UserItemGraph, mean_propagation
 from recommenders.interactions import Interactions
