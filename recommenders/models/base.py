@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from recommenders.errors import RecommenderError
 from recommenders.feature_input import FeatureTable
 from recommenders.interactions import Interactions
 from recommenders.sampling import Batch
+
+_SHORTEST = 1e-12
+"""What the length of a row of zeros counts as."""
 
 Scorer = Callable[[Tensor], Tensor]
 """Takes (B,) int64 user rows and returns their (B, I) scores of all items, higher is better."""
@@ -151,6 +154,30 @@ def rows_minus_first(table: Tensor, rows: Tensor) -> Tensor:
     signs = torch.tensor([-1.0, 1.0], dtype=table.dtype, device=rows.device).expand(len(pairs), 2)
     # As sums of bags of two, which write no copy of either row: a third faster on a CPU.
     return embedding_bag(pairs, table, mode="sum", per_sample_weights=signs)
+
+
+def unit_rows(table: Tensor) -> Tensor:
+    """Return (R, D) rows scaled to length 1, as torch's ``normalize`` does, with a third of its backward."""
+    unit: Tensor = _UnitRows.apply(table)
+    return unit
+
+
+class _UnitRows(torch.autograd.Function):
+    """y = x / |x|, so that dx = (dy - y (y . dy)) / |x|."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(table, dim=1, keepdim=True).clamp_min(_SHORTEST)
+        unit: Tensor = table / lengths
+        ctx.save_for_backward(unit, lengths)
+        return unit
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        unit, lengths = ctx.saved_tensors
+        along = (gradients[0] * unit).sum(dim=1, keepdim=True)
+        result: Tensor = torch.addcmul(gradients[0], unit, along, value=-1) / lengths
+        return result
 
 
 def xavier_uniform(rng: np.random.Generator, *shape: int) -> nn.Parameter:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from typing_extensions import override
 
 from recommenders.dropout import dropout
@@ -22,7 +21,7 @@ from recommenders.info_nce import info_nce, info_nce_of_pairs
 from recommenders.interactions import Interactions
 from recommenders.item_graphs import are_live
 from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
-from recommenders.models.base import Recommender, batch_items, rows_of
+from recommenders.models.base import Recommender, batch_items, rows_of, unit_rows
 from recommenders.models.layers import Affine
 from recommenders.models.modality_encoder import ModalityEncoder, SmoothFeatures
 from recommenders.propagation import KeptFor, UserItemMatrix
@@ -126,15 +125,14 @@ class Slmrec(Recommender):
         of_users, of_items, ids = self._parts_at(features, users, items)
         loss = self._ranking(of_users, of_items, user_places, places)
         if self.config.ssl_weight:
-            positives = torch.unique(places[:, 0])
             if self.config.task == "fac":
-                parts = (
-                    of_items if len(positives) == len(items) else [rows_of(p, positives) for p in of_items]
-                )
-                contrast = self._fine_and_coarse(parts)
+                if item_rows.shape[1] > 1:  # else all of the distinct items are positives
+                    positives = torch.unique(places[:, 0])
+                    of_items = [rows_of(part, positives) for part in of_items]
+                contrast = self._fine_and_coarse(of_items)
             else:
                 inputs = self.encoder.inputs(features)
-                contrast = self._two_views(users, items[positives], inputs)
+                contrast = self._two_views(users, torch.unique(batch.positives), inputs)
             loss = loss + self.config.ssl_weight * contrast
         own = rows_of(ids[0], user_places), rows_of(ids[1], places)
         return loss + self.config.l2 / len(batch.users) * half_squared_norm(*own)
@@ -168,7 +166,7 @@ class Slmrec(Recommender):
         items = self.encoder.read_items(torch.cat(of_items, dim=1))
         if self.config.main_loss == "bpr":
             return bpr_loss(pair_scores(rows_of(users, user_places), rows_of(items, item_places)))
-        users, items = normalize(users, dim=1), normalize(items, dim=1)
+        users, items = unit_rows(users), unit_rows(items)
         return info_nce_of_pairs(users, items, self.config.temperature, (user_places, item_places.squeeze(1)))
 
     def _fine_and_coarse(self, parts: list[Tensor]) -> Tensor:
@@ -178,7 +176,7 @@ class Slmrec(Recommender):
         for to_coarse, to_fine, part in zip(self.to_coarse, self.to_fine, parts[1:], strict=True):
             coarse, fine = to_coarse(coarse), to_fine(part)
             if self.config.cosine:
-                one, other = normalize(coarse, dim=1), normalize(fine, dim=1)
+                one, other = unit_rows(coarse), unit_rows(fine)
             else:
                 one, other = coarse, fine
             losses.append(info_nce(one, other, self.config.ssl_temperature))
@@ -194,7 +192,7 @@ class Slmrec(Recommender):
                 tables[left_out] = torch.zeros_like(tables[left_out])
             parts = self._propagate(tables)
             of_users, of_items = self.encoder.users_from(parts, users), self.encoder.items_from(parts, items)
-            views.append((normalize(of_users, dim=1), normalize(of_items, dim=1)))
+            views.append((unit_rows(of_users), unit_rows(of_items)))
         (users_1, items_1), (users_2, items_2) = views
         temperature = self.config.ssl_temperature
         return info_nce(users_1, users_2, temperature) + info_nce(items_1, items_2, temperature)
