@@ -7,11 +7,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from recommenders.info_nce import info_nce
 from recommenders.losses import bpr_loss, half_squared_norm, pair_scores
-from recommenders.models.base import batch_items, rows_of
+from recommenders.models.base import batch_items, rows_of, unit_rows
 from recommenders.sampling import Batch
 
 Propagated = tuple[Tensor, list[Tensor], list[Tensor]]
@@ -69,7 +68,7 @@ def side_loss(
         positives = torch.unique(places[:, 0])
         pairs = [(side_users, users), (rows_of(side_items, positives), rows_of(items, positives))]
         contrast = torch.stack(
-            [info_nce(normalize(own), normalize(other), config.temperature) for own, other in pairs]
+            [info_nce(unit_rows(own), unit_rows(other), config.temperature) for own, other in pairs]
         )
         loss = loss + config.contrast_weight * contrast.sum()
     own = rows_of(embeddings, torch.cat([batch.users, n_users + item_rows.flatten()]))
