@@ -15,8 +15,8 @@ _BLOCK_ANCHORS = 768
 """Anchors compared at once on a CPU: their products with 2,048 others, 6 MiB, fit its cache."""
 _LINE = 16
 """Numbers in a cache line."""
-_LOG2_E = math.log2(math.e)
-_SAFE_EXPONENT = 60.0
+LOG2_E = math.log2(math.e)
+SAFE_EXPONENT = 60.0
 """exp of this and the sum of 10^12 such numbers are finite in float32, and exp of its negative is no zero."""
 
 
@@ -56,12 +56,13 @@ def _mean_over_pairs(
 ) -> Tensor:
     with torch.autocast(anchors.device.type, enabled=False):  # its exponentials need float32
         result: Tensor = _InfoNce.apply(
-            _at_least_float32(anchors), _at_least_float32(others), temperature, pairs
+            at_least_float32(anchors), at_least_float32(others), temperature, pairs
         )
         return result
 
 
-def _at_least_float32(rows: Tensor) -> Tensor:
+def at_least_float32(rows: Tensor) -> Tensor:
+    """Return rows in half precision as float32, others as they are."""
     return rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
 
 
@@ -123,7 +124,7 @@ def _log_sums(anchors: Tensor, others: Tensor, n: Tensor, m: Tensor) -> _LogSums
     step = _BLOCK_ANCHORS if anchors.device.type == "cpu" else max(len(anchors), 1)
     # By Cauchy-Schwarz; cosines need no search for the largest product. A GPU would have to wait.
     bounded = anchors.device.type == "cpu" and len(anchors) > 0
-    bounded = bounded and bool(_longest(anchors) * _longest(others) < _SAFE_EXPONENT)
+    bounded = bounded and bool(_longest(anchors) * _longest(others) < SAFE_EXPONENT)
     to_anchors, to_others = torch.empty_like(anchors), torch.zeros_like(others)
     repeated = others * m
     # One for all blocks, so that it stays in a CPU's cache; each row starts where a cache line does.
@@ -133,11 +134,11 @@ def _log_sums(anchors: Tensor, others: Tensor, n: Tensor, m: Tensor) -> _LogSums
     for start in range(0, len(anchors), step):
         block, times = anchors[start : start + step], n[start : start + step]
         # As powers of 2, which take a CPU a third of the time of powers of e.
-        shares = torch.mm(block * _LOG2_E, others.T, out=products[: len(block)])
+        shares = torch.mm(block * LOG2_E, others.T, out=products[: len(block)])
         if not bounded:
             shares.masked_fill_(m.T == 0, -torch.inf)  # or it may be the largest, and all others 0
             largest = shares.amax(dim=1, keepdim=True)
-            value += (largest * times).sum() / _LOG2_E
+            value += (largest * times).sum() / LOG2_E
             shares -= largest
         totals = shares.exp2_() @ m
         value += (totals.log() * times).sum()

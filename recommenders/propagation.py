@@ -156,14 +156,10 @@ class _SpreadRows(torch.autograd.Function):
     def forward(
         ctx: Any, matrix: UserItemMatrix, n_layers: int, users: Tensor, items: Tensor, *rows: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.walks, ctx.n_layers, ctx.rows = (
-            (_Walk.from_users(matrix), _Walk.from_items(matrix)),
-            n_layers,
-            rows,
-        )
-        from_users = ctx.walks[0].spread(users, n_layers)
-        from_items = ctx.walks[1].spread(items, n_layers)
-        tables = (users, items, *from_users, *reversed(from_items))
+        ctx.walks = from_users, from_items = _Walk.from_users(matrix), _Walk.from_items(matrix)
+        ctx.n_layers, ctx.rows = n_layers, rows
+        of_users, of_items = from_users.spread(users, n_layers), from_items.spread(items, n_layers)
+        tables = (users, items, *of_users, *reversed(of_items))
         return tuple(table.index_select(0, rows[place % 2]) for place, table in enumerate(tables))
 
     @staticmethod

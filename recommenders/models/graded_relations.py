@@ -6,7 +6,6 @@ aligning multi-modal content and user feedback", KDD 2024, in the form of the au
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 
 from recommenders.graphs import outside_compiler
+from recommenders.info_nce import LOG2_E, SAFE_EXPONENT, at_least_float32
 
 BLOCK_NUMBERS = 1 << 20
 """Cosines of a batch's items with all items that are held at once for each graph: 4 MiB."""
-_SAFE_EXPONENT = 60.0
-"""exp of this is finite in float32, and so is the sum of 10^12 such numbers."""
 
 
 @outside_compiler
@@ -39,8 +37,9 @@ def graded_relations(rows: Tensor, graphs: Sequence[Tensor], n_positives: int, t
     """
     n_positives = max(1, min(n_positives, len(graphs[0]) // 2))
     with torch.autocast(rows.device.type, enabled=False):  # its exponentials need float32
-        wide = [table.to(torch.promote_types(table.dtype, torch.float32)) for table in graphs]
-        result: Tensor = _GradedRelations.apply(rows, n_positives, temperature, *wide)
+        result: Tensor = _GradedRelations.apply(
+            rows, n_positives, temperature, *map(at_least_float32, graphs)
+        )
         return result
 
 
@@ -98,13 +97,13 @@ def _losses_with_gradient(
     of_first, of_second = (cosines.gather(1, grade) / temperature for grade in (first, second))
     in_first, in_second = (values.logsumexp(dim=1, keepdim=True) for values in (of_first, of_second))
     # What follows is in powers of 2, which take a CPU a third of the time of powers of e.
-    powers = cosines.mul_(math.log2(math.e) / temperature).scatter_(1, first, -torch.inf)
+    powers = cosines.mul_(LOG2_E / temperature).scatter_(1, first, -torch.inf)
     largest = powers.new_zeros(len(powers), 1)
-    if 1 / temperature > _SAFE_EXPONENT:
+    if 1 / temperature > SAFE_EXPONENT:
         largest = powers.amax(dim=1, keepdim=True)
         powers -= largest
     sums = powers.exp2_().sum(dim=1, keepdim=True)
-    in_others = sums.log() + largest * math.log(2)
+    in_others = sums.log() + largest / LOG2_E
     in_all = torch.logaddexp(in_first, in_others)
     losses = in_all - in_first + in_others - in_second
     scales = (1 + (in_others - in_all).exp()) / sums
