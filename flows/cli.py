@@ -286,7 +286,7 @@ def up(
     json: JsonOption = False,
 ) -> None:
     """Start the Prefect server with its UI, the deployments and a worker; Ctrl-C stops all of them."""
-    from flows.server import ServerConfig, serve
+    from flows.server.up import ServerConfig, serve
 
     out = Output(as_json=json)
     opened = open_store(store, out)
@@ -300,7 +300,7 @@ def up(
 @app.command(rich_help_panel=WHOLE)
 def doctor(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """Say what this machine can do: device, FAISS backend, versions, store, Prefect."""
-    from flows.server import prefect_status
+    from flows.server.up import prefect_status
     from pipeline.doctor import examine
 
     out = Output(as_json=json)

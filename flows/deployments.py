@@ -18,8 +18,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.schedules import Cron, Schedule
 from prefect.types.entrypoint import EntrypointType
 
-from flows.pool import CPU, GPU, POOL, Queue, prepare_pool
-from flows.worker import wait_for_api
+from flows.server.pool import CPU, GPU, POOL, Queue, prepare_pool
+from flows.server.worker import wait_for_api
 
 ENGINE = "python -m prefect.engine"
 """Prefect's own command prepares a folder and its dependencies in a process before this one, which a package

@@ -27,7 +27,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_UI_URL, get_current_settings
 
-from flows.environment import LOGGED_PACKAGES
+from flows.server.environment import LOGGED_PACKAGES
 from pipeline.progress import SILENT, Reporter
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from flows.environment import client_environment
-from flows.places import running_server, state_home
+from flows.server.environment import client_environment
+from flows.server.places import running_server, state_home
 from pipeline.progress import SILENT, Reporter
 
 if TYPE_CHECKING:

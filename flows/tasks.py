@@ -16,8 +16,8 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
 
-from flows.places import absolute_store, default_store
 from flows.reporting import NextStep, PrefectReporter, name_run, show_result
+from flows.server.places import absolute_store, default_store
 from pipeline.errors import USER_ERRORS, StoreError
 from pipeline.progress import Reporter
 from pipeline.stages.result import StageResult

@@ -14,8 +14,8 @@ from prefect.settings import get_current_settings
 
 from flows import deployments
 from flows.deployments import NIGHTLY, SERVED, Served, deploy
-from flows.pool import CPU, GPU, prepare_pool
 from flows.reporting import NextStep, deployment_id
+from flows.server.pool import CPU, GPU, prepare_pool
 
 T = TypeVar("T")
 with_server = [

@@ -11,7 +11,7 @@ import prefect.settings
 import pytest
 import yaml
 
-from flows.environment import server_environment, worker_environment
+from flows.server.environment import server_environment, worker_environment
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -98,7 +98,7 @@ def test_the_example_names_each_variable_without_a_password() -> None:
 def test_the_modules_that_the_services_start_can_be_started() -> None:
     text = (DOCKER / "compose.yaml").read_text().replace('", "', " ")
     modules = set(re.findall(r"python -m ([\w.]+)", text))
-    assert modules == {"prefect", "flows.deployments", "flows.worker"}
+    assert modules == {"prefect", "flows.deployments", "flows.server.worker"}
     for module in modules:
         assert importlib.util.find_spec(module) is not None
 

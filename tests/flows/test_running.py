@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flows import running
-from flows.places import state_home
+from flows.server.places import state_home
 from pipeline.progress import SilentReporter
 
 
@@ -77,7 +77,9 @@ logging.getLogger("pipeline.store").warning("a warning")
     assert "a detail" not in done.stderr
 
 
-@pytest.mark.parametrize("module", ["flows", "flows.cli", "flows.running", "flows.server", "flows.places"])
+@pytest.mark.parametrize(
+    "module", ["flows", "flows.cli", "flows.running", "flows.server.up", "flows.server.places"]
+)
 def test_prefect_is_not_imported_before_its_environment_is_set(module: str) -> None:
     code = f"import sys, {module}; sys.exit('prefect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.processes import Child, is_alive, kill, process_tree, terminate
+from flows.server.processes import Child, is_alive, kill, process_tree, terminate
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -96,7 +96,7 @@ def test_terminate_tells_who_stayed_and_takes_the_unreaped_for_ended() -> None:
 def test_children_are_asked_to_end_before_they_are_killed() -> None:
     ending = f"""
 import os, subprocess, sys
-from flows.processes import end_children, process_tree
+from flows.server.processes import end_children, process_tree
 willing = subprocess.Popen([sys.executable, "-c", {WILLING!r}], stdout=-1, start_new_session=True)
 stubborn = subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], stdout=subprocess.PIPE)
 willing.stdout.readline(), stubborn.stdout.readline()

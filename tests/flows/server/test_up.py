@@ -16,10 +16,10 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from flows import server
-from flows.places import ProcessId, ServerRecord, is_healthy, running_server, state_home
-from flows.processes import Child, is_alive
-from flows.server import Launcher, ServerConfig, prefect_status, serve, stop_leftovers
+from flows.server import up as server
+from flows.server.places import ProcessId, ServerRecord, is_healthy, running_server, state_home
+from flows.server.processes import Child, is_alive
+from flows.server.up import Launcher, ServerConfig, prefect_status, serve, stop_leftovers
 from pipeline.errors import ConfigError, PipelineError
 
 SERVER = """

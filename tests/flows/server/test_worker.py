@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from prefect.settings import get_current_settings
 
-from flows import worker
-from flows.worker import main, run_worker, wait_for_api
+from flows.server import worker
+from flows.server.worker import main, run_worker, wait_for_api
 
 
 def test_without_an_address_the_worker_says_which_variable_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

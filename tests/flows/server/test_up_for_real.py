@@ -28,8 +28,8 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_URL, temporary_settings
 
 from flows.deployments import SERVED
-from flows.places import state_home
-from flows.processes import is_alive
+from flows.server.places import state_home
+from flows.server.processes import is_alive
 from pipeline.datasets.config import DatasetConfig
 from pipeline.stages.prepare_dataset import prepare_dataset
 from pipeline.store import Store

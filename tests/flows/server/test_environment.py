@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.environment import client_environment, server_environment, url_host, worker_environment
+from flows.server.environment import client_environment, server_environment, url_host, worker_environment
 
 HOME = Path("/state/shop")
 

@@ -1,4 +1,4 @@
-"""The worker as a process: ``python -m flows.worker``. It starts a process for each flow run it takes.
+"""The worker as a process: ``python -m flows.server.worker``. It starts a process for each flow run it takes.
 
 Prefect's own ``prefect worker start`` kills its flow processes when it is told to stop, which leaves their
 runs "Running" for ever. This one lets them end first, so that the UI shows what happened.
@@ -20,9 +20,9 @@ from pathlib import Path
 from prefect.client.orchestration import get_client
 from prefect.workers.process import ProcessWorker
 
-from flows.places import is_healthy
-from flows.pool import POOL, crash_orphans, crash_when_silent, other_workers, prepare_pool
-from flows.processes import end_children
+from flows.server.places import is_healthy
+from flows.server.pool import POOL, crash_orphans, crash_when_silent, other_workers, prepare_pool
+from flows.server.processes import end_children
 
 FLOW_GRACE_S = 10.0
 """How long a flow process may take to say that it was ended, before it is killed."""
@@ -88,7 +88,7 @@ async def report_orphans(name: str, message: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and work."""
-    parser = argparse.ArgumentParser(prog="python -m flows.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m flows.server.worker", description=__doc__)
     parser.add_argument("--name", default=f"tandem-{socket.gethostname()}", help="name shown in the UI")
     parser.add_argument("--ready-file", type=Path, default=None, help="file to make once runs are taken")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds to wait for the server")

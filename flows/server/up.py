@@ -18,8 +18,8 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, Field
 
-from flows.environment import LOCAL_HOSTS, server_environment, url_host, worker_environment
-from flows.places import (
+from flows.server.environment import LOCAL_HOSTS, server_environment, url_host, worker_environment
+from flows.server.places import (
     DEFAULT_STORE,
     ProcessId,
     ServerRecord,
@@ -29,7 +29,7 @@ from flows.places import (
     running_server,
     state_home,
 )
-from flows.processes import Child, kill, process_tree, terminate
+from flows.server.processes import Child, kill, process_tree, terminate
 from pipeline.errors import ConfigError, PipelineError
 
 WORKER_GRACE_S = 25.0
@@ -138,7 +138,7 @@ class Launcher:
             "deployments", ["flows.deployments", "--working-dir", str(Path.cwd()), *timeout], environment
         )
         worker = self._spawn(
-            "worker", ["flows.worker", "--ready-file", str(ready_file), *timeout], environment
+            "worker", ["flows.server.worker", "--ready-file", str(ready_file), *timeout], environment
         )
         record = self._record()
         self._await(

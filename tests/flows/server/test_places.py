@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.places import (
+from flows.server.places import (
     ProcessId,
     ServerRecord,
     absolute_store,

@@ -11,7 +11,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import StateType
 from prefect.states import Completed, Running
 
-from flows.pool import POOL, crash_orphans, crash_when_silent, other_workers, prepare_pool
+from flows.server.pool import POOL, crash_orphans, crash_when_silent, other_workers, prepare_pool
 
 pytestmark = [
     pytest.mark.prefect,

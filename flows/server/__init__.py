@@ -1,0 +1,1 @@
+"""The server with its page, the worker, and what both need to run: started and stopped as one thing."""
