@@ -15,15 +15,17 @@ help: ## Show what can be made.
 
 setup: $(READY) ## Make the virtual environment .venv with the pinned packages (EXTRA=gpu for the GPU build of FAISS).
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(BIN)/uv
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraints constraints.txt --editable ".[$(EXTRA),dev]"
+	@touch $@
+	@echo "setup: done; the command is $(BIN)/tandem"
+
+$(BIN)/uv:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Tandem needs Python 3.11 or newer; %s is %d.%d. Try: make PYTHON=python3.12 setup" % (sys.executable, v[0], v[1]))'
 	@echo "setup: virtual environment $(VENV), packages as pinned in constraints.txt (about 6 GB, most of it torch)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@awk '/^uv==/ {on = 1} on {print} on && !/\\$$/ {exit}' constraints.txt > $(VENV)/uv.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(VENV)/uv.txt
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraints constraints.txt --editable ".[$(EXTRA),dev]"
-	@touch $@
-	@echo "setup: done; the command is $(BIN)/tandem"
 
 demo: setup ## Run the whole two-stage pipeline on the demo catalogue; again, and it reuses every stage.
 	@echo "demo: results are kept in $(STORE)"
@@ -41,7 +43,7 @@ check: setup ## Run the linter, the formatter's check, the type checker and the 
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-lock: setup ## Pin the newest versions that pyproject.toml allows into constraints.txt.
+lock: $(BIN)/uv ## Pin the newest versions that pyproject.toml allows into constraints.txt.
 	@$(BIN)/uv pip compile pyproject.toml --extra cpu --extra gpu --extra dev --extra s3 --extra gcs --extra distributed --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet --output-file constraints.txt
 
