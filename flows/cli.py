@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pipeline import cli_queries, cli_store  # noqa: F401 - they add their commands to the app
+from flows import cli_deploy  # noqa: F401 - it adds its command to the app
+from pipeline import cli_queries, cli_store  # noqa: F401 - they add theirs
 from pipeline.cli import app, show_comparison
 from pipeline.console import (
     DEFAULT_STORE,

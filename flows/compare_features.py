@@ -6,33 +6,32 @@ from prefect import State, flow
 
 from flows.tasks import run_stage
 from pipeline.comparison.config import ComparisonConfig
+from pipeline.progress import Reporter
+from pipeline.selecting import listed, runs_meant
+from pipeline.settings import stage_config
 from pipeline.stages.compare_features import compare_features
+from pipeline.stages.result import StageResult
+from pipeline.store import Store
 
 NAME = "compare-features"
-DEFAULTS = ComparisonConfig()
 
 
-@flow(name=NAME, flow_run_name="{config.metric}", persist_result=False)
+@flow(name=NAME, flow_run_name="{metric}", persist_result=False)
 def compare_features_flow(
-    runs: list[str],
+    runs: str,
     *,
-    config: ComparisonConfig = DEFAULTS,
+    metric: str = "recall@20",
     name: str = "",
-    store: str = "",
+    settings: str = "",
     force: bool = False,
+    store: str = "",
 ) -> State[str]:
-    """Compare runs: mean and spread over seeds, intervals, paired tests, floors and costs.
+    """Compare runs: mean and spread over seeds, intervals, paired tests, floors and costs."""
 
-    Args:
-        runs: Names, references or keys of the runs.
-        config: Which metric decides, which cut-off, which tests.
-        name: Name to keep the comparison under; empty for none.
-        store: Folder or address of the store; empty for the one that `tandem up` was started with.
-        force: Make it again although the store has it.
-    """
-    return run_stage(
-        NAME,
-        store,
-        lambda opened, reporter: compare_features(opened, runs, config, reporter=reporter, force=force),
-        name=name,
-    )
+    def work(opened: Store, reporter: Reporter) -> StageResult:
+        config = stage_config(ComparisonConfig, settings, metric=metric)
+        return compare_features(
+            opened, runs_meant(opened, listed(runs)), config, reporter=reporter, force=force
+        )
+
+    return run_stage(NAME, store, work, name=name)

@@ -20,6 +20,8 @@ from pipeline.device import DeviceChoice
 from pipeline.encoder_specs import stored_spec
 from pipeline.errors import USER_ERRORS
 from pipeline.joint_way import JointResult, JointWayConfig, run_joint
+from pipeline.selecting import listed
+from pipeline.settings import inputs_of, merged, read_settings, stage_config
 from pipeline.stages.extract_features import FeaturesConfig
 from pipeline.stages.keep_states import StatesConfig, keep_encoder_states
 from pipeline.stages.measure_joint import measure_joint
@@ -31,41 +33,35 @@ NAME = "joint-training"
 KEEP = "keep-states"
 TRAIN = "train-jointly"
 MEASURE = "measure-joint"
-DEFAULTS = JointWayConfig()
 
 
-@flow(
-    name=NAME, flow_run_name="{config.encoder} with {config.model} seed {config.seed}", persist_result=False
-)
+@flow(name=NAME, flow_run_name="{encoder} with {model} seed {seed}", persist_result=False)
 def joint_training_flow(
     dataset: str,
     *,
-    config: JointWayConfig = DEFAULTS,
-    features: list[str] = [],  # noqa: B006 - never changed; the form wants a list
+    encoder: str = "tiny",
+    model: str = "freedom",
+    mode: str = "full",
+    features: str = "",
+    seed: int = 0,
     name: str = "",
-    store: str = "",
+    settings: str = "",
     force: bool = False,
+    store: str = "",
 ) -> State[JointResult]:
     """Train an encoder and a recommender together, and leave the encoder, its features, a run and an index.
 
-    Cancelled or killed, the next run with these parameters goes on from the last whole epoch.
-
-    Args:
-        dataset: Name, reference or key of a dataset artefact.
-        config: The encoder, the recommender, how both are trained, and the seed.
-        features: Feature artefacts the recommender reads, too, and that stay as they are.
-        name: Name to keep the trained encoder under, to be asked for as store/<name>; empty for none.
-        store: Folder or address of the store; empty for the one that `tandem up` was started with.
-        force: Make every artefact again although the store has it.
+    Cancelled or killed, the next run with these inputs goes on from the last whole epoch.
     """
     try:
+        config = joint_config(settings, mode, encoder=encoder, model=model, seed=seed)
         opened = Store(store_address(store))
         stages = SubflowJointStages(opened, store_address(store), force=force)
         result = run_joint(
             config,
             stages,
             dataset,
-            beside=features,
+            beside=listed(features),
             done=lambda stage: TERMINAL.get().say(stage.line()),
         )
         if name and result.encoder is not None:
@@ -79,6 +75,23 @@ def joint_training_flow(
         name_run(config.encoder, reused=True)
         return Completed(name=CACHED, message=message, data=result)
     return Completed(message=message, data=result)
+
+
+def joint_config(settings: str, mode: str, **inputs: Any) -> JointWayConfig:
+    """Put the form together; `mode` is "side", or says what of the encoder is trained.
+
+    Raises:
+        ConfigError: A key or value is not right.
+    """
+    deeper = read_settings(settings)
+    how: dict[str, Any] = {"trained": "side"} if mode == "side" else {"tuning": {"mode": mode}}
+    return stage_config(JointWayConfig, merged(deeper, how), **inputs)
+
+
+def joint_inputs(config: JointWayConfig) -> dict[str, Any]:
+    """Return the form of joint-training for this configuration."""
+    mode = "side" if config.trained == "side" else config.tuning.mode
+    return {**inputs_of(config, "encoder", "model", "seed"), "mode": mode}
 
 
 @flow(name=KEEP, flow_run_name="{config.encoder} {config.modality}", persist_result=False)
@@ -116,7 +129,7 @@ def train_jointly_flow(
 
     def following(result: StageResult) -> list[NextStep]:
         show_history(TRAIN, result)
-        given = {"config": {"encoder": stored_spec(result.artefact)}, "dataset": dataset, "store": store}
+        given = {"dataset": dataset, "encoder": stored_spec(result.artefact), "store": store}
         return [NextStep("Encode the dataset with it", "extract-features", given)]
 
     return run_stage(
@@ -161,7 +174,7 @@ class SubflowJointStages:
 
     def extract(self, dataset: str, config: FeaturesConfig) -> StageResult:
         """Encode one modality with one encoder."""
-        return self._run(extract_features_flow, dataset=dataset, config=config)
+        return self._run(extract_features_flow, dataset=dataset, **inputs_of(config, "encoder", "modality"))
 
     def keep_states(self, dataset: str, config: StatesConfig) -> StageResult:
         """Run the frozen part of an encoder once over all items."""
@@ -177,7 +190,7 @@ class SubflowJointStages:
 
     def index(self, source: str, config: IndexConfig) -> StageResult:
         """Index a feature artefact or a run's items."""
-        return self._run(build_index_flow, source=source, config=config)
+        return self._run(build_index_flow, source=source, **inputs_of(config, "kind", "metric"))
 
     def _run(self, subflow: Callable[..., State[State[str]]], **parameters: Any) -> StageResult:
         return run_subflow(self.store, subflow, store=self.address, force=self.force, **parameters)

@@ -7,43 +7,67 @@ from dataclasses import dataclass
 from prefect import State, flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed
+from pydantic import NonNegativeInt
 
 from features.encoders.base import EncoderInfo
 from flows.finetune_encoder import finetune_encoder_flow
 from flows.joint_training import SubflowJointStages
 from flows.reporting import TERMINAL, Cell, artifact_key, name_run
-from flows.shards import ALONE, Sharing
+from flows.studies import StudyForm, keep_study, study_run_name
 from flows.subflows import run_subflow
 from flows.tasks import CACHED, failed, store_address
 from flows.two_stage import SubflowStages
+from pipeline.config import parse_config
 from pipeline.encoder_specs import resolve_encoder
 from pipeline.errors import USER_ERRORS
+from pipeline.kept import Study
 from pipeline.paradigms.config import ParadigmsConfig
 from pipeline.paradigms.render import to_markdown
 from pipeline.paradigms.table import ParadigmsTable, Row, make_table, measure
 from pipeline.paradigms.way import ParadigmsResult, run_paradigms
+from pipeline.settings import inputs_of
 from pipeline.stages.finetune_encoder import FinetuneSettings
 from pipeline.stages.result import StageResult
 from pipeline.store import Store
 
-NAME = "paradigms"
-DEFAULTS = ParadigmsConfig()
+NAME: Study = "paradigms"
 
 
-@flow(name=NAME, flow_run_name="{config.name}", persist_result=False)
+@flow(name=NAME, flow_run_name=study_run_name, persist_result=False)
 def paradigms_flow(
-    config: ParadigmsConfig = DEFAULTS, *, store: str = "", force: bool = False, sharing: Sharing = ALONE
+    *,
+    configuration: str = "",
+    name: str = "",
+    items: str = "",
+    interactions: str = "",
+    pictures: str = "",
+    encoders: str = "",
+    recommenders: str = "",
+    seeds: NonNegativeInt = 0,
+    keep_as: str = "",
+    settings: str = "",
+    force: bool = False,
+    store: str = "",
 ) -> State[ParadigmsResult]:
-    """Compare specific, pre-trained, fine-tuned and jointly trained encoders under the same recommenders.
-
-    Args:
-        config: The dataset, the encoders, the recommenders, and how encoders are trained.
-        store: Folder or address of the store; empty for the one that `tandem up` was started with.
-        force: Make every artefact again although the store has it.
-        sharing: In how many shares, and by how many workers, pictures and texts are encoded.
-    """
+    """Compare specific, pre-trained, fine-tuned and jointly trained encoders under the same recommenders."""
+    form = StudyForm(
+        configuration=configuration,
+        name=name,
+        items=items,
+        interactions=interactions,
+        pictures=pictures,
+        encoders=encoders,
+        recommenders=recommenders,
+        seeds=seeds,
+        settings=settings,
+    )
     try:
         opened = Store(store_address(store))
+        raw, sharing = form.raw(opened, NAME)
+        config = parse_config(raw, ParadigmsConfig, "settings")
+        name_run(config.name, reused=False)
+        if keep_as:
+            keep_study(opened, keep_as, NAME, raw, sharing)
         stages = SubflowParadigmStages(opened, store_address(store), force=force, sharing=sharing)
         result = run_paradigms(config, stages, lambda stage: TERMINAL.get().say(stage.line()))
         if result.comparison is not None:
@@ -71,8 +95,8 @@ class SubflowParadigmStages(SubflowStages, SubflowJointStages):
 
     def finetune(self, dataset: str, config: FinetuneSettings) -> StageResult:
         """Fine-tune an encoder on the items."""
-        what = {"dataset": dataset, "config": config, "store": self.address, "force": self.force}
-        return run_subflow(self.store, finetune_encoder_flow, **what)
+        what = {"dataset": dataset, "store": self.address, "force": self.force}
+        return run_subflow(self.store, finetune_encoder_flow, **what, **inputs_of(config, "encoder", "seed"))
 
 
 def show_study(name: str, table: ParadigmsTable) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from flows.server.environment import client_environment
 from flows.server.places import running_server, state_home
 from pipeline.progress import SILENT, Reporter
+from pipeline.settings import settings_text
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -46,7 +47,8 @@ def run_two_stage_with_prefect(
         from flows.tasks import value_of  # noqa: PLC0415 - after the environment is set
         from flows.two_stage import two_stage_flow  # noqa: PLC0415
 
-        return value_of(two_stage_flow(config, store=store.url, force=force, return_state=True))
+        text = settings_text(config)
+        return value_of(two_stage_flow(settings=text, store=store.url, force=force, return_state=True))
 
 
 def run_joint_with_prefect(
@@ -77,11 +79,11 @@ def run_joint_with_prefect(
         PipelineError, FeatureError, RecommenderError: As the stages raise them.
     """
     with _ready(store, reporter):
-        from flows.joint_training import joint_training_flow  # noqa: PLC0415 - after the environment is set
+        from flows.joint_training import joint_inputs, joint_training_flow  # noqa: PLC0415 - after the environment is set
         from flows.tasks import value_of  # noqa: PLC0415
 
-        what = {"features": list(beside), "name": name, "store": store.url, "force": force}
-        return value_of(joint_training_flow(dataset, config=config, **what, return_state=True))
+        what = {"features": ", ".join(beside), "name": name, "store": store.url, "force": force}
+        return value_of(joint_training_flow(dataset, **joint_inputs(config), **what, return_state=True))
 
 
 def run_paradigms_with_prefect(
@@ -105,7 +107,8 @@ def run_paradigms_with_prefect(
         from flows.paradigms import paradigms_flow  # noqa: PLC0415 - after the environment is set
         from flows.tasks import value_of  # noqa: PLC0415
 
-        return value_of(paradigms_flow(config, store=store.url, force=force, return_state=True))
+        text = settings_text(config)
+        return value_of(paradigms_flow(settings=text, store=store.url, force=force, return_state=True))
 
 
 @contextmanager
@@ -121,6 +124,14 @@ def _ready(store: Store, reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         TERMINAL.reset(token)
+
+
+def choose_running_server(store: str) -> str:
+    """Talk to the server of this store from here on, if it is up; returns its address, "" where none is."""
+    api_url = running_server(store)
+    if api_url and "prefect" not in sys.modules:
+        os.environ.update(client_environment(state_home(store), api_url))
+    return api_url
 
 
 def _choose_server(store: str, reporter: Reporter) -> None:

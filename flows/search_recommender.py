@@ -14,12 +14,15 @@ from pydantic import PositiveInt
 from flows.reporting import NextStep, PrefectReporter
 from flows.tasks import failed, run_stage, store_address, value_of
 from pipeline.errors import USER_ERRORS
+from pipeline.progress import Reporter
+from pipeline.selecting import listed
+from pipeline.settings import inputs_of, read_settings, stage_config
 from pipeline.stages.result import StageResult
 from pipeline.stages.search_recommender import SearchSettings, find_search, search_recommender, try_settings
+from pipeline.stages.train_recommender import RunSettings
 from pipeline.store import Store
 
 NAME = "search-recommender"
-DEFAULTS = SearchSettings()
 
 
 @task(name="trials", task_run_name="{worker}", cache_policy=NO_CACHE, persist_result=False)
@@ -48,49 +51,45 @@ def trials_flow(workers: int, *, what: dict[str, Any]) -> State[list[int]]:
     return Completed(data=[value_of(future.state) for future in futures])
 
 
-@flow(name=NAME, flow_run_name="{config.model}", persist_result=False)
+@flow(name=NAME, flow_run_name="{model}", persist_result=False)
 def search_recommender_flow(
     dataset: str,
     *,
-    features: list[str] = [],  # noqa: B006 - never changed; the form wants a list
-    config: SearchSettings = DEFAULTS,
+    features: str = "",
+    model: str = "vbpr",
+    trials: int = 20,
     workers: PositiveInt = 1,
     name: str = "",
-    store: str = "",
+    settings: str = "",
     force: bool = False,
+    store: str = "",
 ) -> State[str]:
-    """Try settings of one recommender and choose those that do best on validation; test is never read.
-
-    Args:
-        dataset: Name, reference or key of a dataset artefact.
-        features: Feature artefacts to read, several of a modality if wanted; none where the model reads none.
-        config: The recommender, the settings that are fixed, and how the others are searched.
-        workers: Processes that try settings beside each other, all on this machine and its accelerator.
-        name: Name to keep the search under; empty for none.
-        store: Folder or address of the store; empty for the one that `tandem up` was started with.
-        force: Search again although the store has it.
-    """
+    """Try settings of one recommender and choose those that do best on validation; test is never read."""
+    read = listed(features)
     try:
+        deeper = read_settings(settings)
+        search = {"n_trials": trials, **deeper.pop("search", {})}
+        config = stage_config(SearchSettings, deeper, model=model, search=search)
         if workers > 1:
-            _try_in_parallel(workers, store, dataset=dataset, features=features, config=config, force=force)
+            _try_in_parallel(workers, store, dataset=dataset, features=read, config=config, force=force)
     except USER_ERRORS as error:
         return failed(error)
 
     def following(result: StageResult) -> list[NextStep]:
-        shown = result.artefact.manifest.parameters
-        run = {key: shown[key] for key in type(config).model_fields if key != "search"}
-        given = {"dataset": dataset, "features": features, "search": result.artefact.ref, "store": store}
-        return [NextStep("Train with these settings", "train-recommender", {**given, "config": run})]
+        found = {"dataset": dataset, "features": features, "search": result.artefact.ref, "store": store}
+        return [
+            NextStep("Train with these settings", "train-recommender", {**found, **run_inputs(config.run())})
+        ]
 
-    return run_stage(
-        NAME,
-        store,
-        lambda opened, reporter: search_recommender(
-            opened, dataset, features, config, reporter=reporter, force=force
-        ),
-        name=name,
-        following=following,
-    )
+    def work(opened: Store, reporter: Reporter) -> StageResult:
+        return search_recommender(opened, dataset, read, config, reporter=reporter, force=force)
+
+    return run_stage(NAME, store, work, name=name, following=following)
+
+
+def run_inputs(config: RunSettings) -> dict[str, Any]:
+    """Return the form of train-recommender for these settings."""
+    return inputs_of(config, "model", "seed")
 
 
 def _try_in_parallel(workers: int, store: str, **what: Any) -> None:

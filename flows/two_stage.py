@@ -9,6 +9,7 @@ from typing import Any
 from prefect import State, flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import Completed
+from pydantic import NonNegativeInt
 
 from features.indexing import IndexConfig
 from flows.build_index import build_index_flow
@@ -16,15 +17,18 @@ from flows.compare_features import compare_features_flow
 from flows.extract_features import extract_features_flow
 from flows.prepare_dataset import prepare_dataset_flow
 from flows.reporting import TERMINAL, artifact_key, markdown_table, name_run, short
-from flows.search_recommender import search_recommender_flow
+from flows.search_recommender import run_inputs, search_recommender_flow
 from flows.shards import ALONE, Sharing
+from flows.studies import StudyForm, keep_study, study_run_name
 from flows.subflows import run_subflow
 from flows.tasks import CACHED, failed, store_address
 from flows.train_recommender import train_recommender_flow
 from pipeline.comparison.config import ComparisonConfig
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, parse_config
 from pipeline.datasets.config import DatasetConfig
 from pipeline.errors import USER_ERRORS
+from pipeline.kept import Study
+from pipeline.settings import inputs_of
 from pipeline.stages.extract_features import FeaturesConfig
 from pipeline.stages.result import StageResult
 from pipeline.stages.search_recommender import SearchSettings
@@ -32,24 +36,44 @@ from pipeline.stages.train_recommender import RunSettings
 from pipeline.store import Store
 from pipeline.two_stage import TwoStageResult, run_two_stage
 
-NAME = "two-stage"
-DEFAULTS = RunConfig()
+NAME: Study = "two-stage"
 
 
-@flow(name=NAME, flow_run_name="{config.name}", persist_result=False)
+@flow(name=NAME, flow_run_name=study_run_name, persist_result=False)
 def two_stage_flow(
-    config: RunConfig = DEFAULTS, *, store: str = "", force: bool = False, sharing: Sharing = ALONE
+    *,
+    configuration: str = "",
+    name: str = "",
+    items: str = "",
+    interactions: str = "",
+    pictures: str = "",
+    encoders: str = "",
+    recommenders: str = "",
+    seeds: NonNegativeInt = 0,
+    keep_as: str = "",
+    settings: str = "",
+    force: bool = False,
+    store: str = "",
 ) -> State[TwoStageResult]:
-    """Run a whole configuration: dataset, features, indexes, recommenders, comparison; what exists is reused.
-
-    Args:
-        config: The dataset, the feature sets to compare, and the recommenders that read them.
-        store: Folder or address of the store; empty for the one that `tandem up` was started with.
-        force: Make every artefact again although the store has it.
-        sharing: In how many shares, and by how many workers, pictures and texts are encoded.
-    """
+    """Run a whole configuration, from the dataset to the comparison; what exists is reused."""
+    form = StudyForm(
+        configuration=configuration,
+        name=name,
+        items=items,
+        interactions=interactions,
+        pictures=pictures,
+        encoders=encoders,
+        recommenders=recommenders,
+        seeds=seeds,
+        settings=settings,
+    )
     try:
         opened = Store(store_address(store))
+        raw, sharing = form.raw(opened, NAME)
+        config = parse_config(raw, RunConfig, "settings")
+        name_run(config.name, reused=False)
+        if keep_as:
+            keep_study(opened, keep_as, NAME, raw, sharing)
         stages = SubflowStages(opened, store_address(store), force=force, sharing=sharing)
         result = run_two_stage(config, stages, lambda stage: TERMINAL.get().say(stage.line()))
         if result.comparison is not None:
@@ -74,30 +98,32 @@ class SubflowStages:
 
     def prepare(self, config: DatasetConfig) -> StageResult:
         """Import, filter and split."""
-        return self._run(prepare_dataset_flow, config=config)
+        return self._run(prepare_dataset_flow, **inputs_of(config, "importer"))
 
     def extract(self, dataset: str, config: FeaturesConfig) -> StageResult:
         """Encode one modality with one encoder."""
-        return self._run(extract_features_flow, dataset=dataset, config=config, sharing=self.sharing)
+        what = inputs_of(config, "encoder", "modality", sharing=self.sharing)
+        return self._run(extract_features_flow, dataset=dataset, **what)
 
     def index(self, source: str, config: IndexConfig) -> StageResult:
         """Index one feature artefact."""
-        return self._run(build_index_flow, source=source, config=config)
+        return self._run(build_index_flow, source=source, **inputs_of(config, "kind", "metric"))
 
     def search(self, dataset: str, features: Sequence[str], config: SearchSettings) -> StageResult:
         """Choose one recommender's settings on validation."""
-        return self._run(search_recommender_flow, dataset=dataset, features=list(features), config=config)
+        what = {"features": ", ".join(features), "trials": config.search.n_trials}
+        return self._run(search_recommender_flow, dataset=dataset, **what, **inputs_of(config, "model"))
 
     def train(
         self, dataset: str, features: Sequence[str], config: RunSettings, search: str = ""
     ) -> StageResult:
         """Train and measure one recommender with one seed, with what a search chose if one is named."""
-        what = {"dataset": dataset, "features": list(features), "config": config, "search": search}
-        return self._run(train_recommender_flow, **what)
+        what = {"dataset": dataset, "features": ", ".join(features), "search": search}
+        return self._run(train_recommender_flow, **what, **run_inputs(config))
 
     def compare(self, runs: Sequence[str], config: ComparisonConfig) -> StageResult:
         """Compare all runs."""
-        return self._run(compare_features_flow, runs=list(runs), config=config)
+        return self._run(compare_features_flow, runs=", ".join(runs), **inputs_of(config, "metric"))
 
     def _run(self, subflow: Callable[..., State[State[str]]], **parameters: Any) -> StageResult:
         return run_subflow(self.store, subflow, store=self.address, force=self.force, **parameters)

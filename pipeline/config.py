@@ -174,6 +174,15 @@ def load_config(path: Path, config_type: type[ConfigT], overrides: Sequence[str]
     Raises:
         ConfigError: No such file, not YAML, or a key or value that ``config_type`` does not know.
     """
+    return parse_config(with_overrides(load_yaml(path), overrides), config_type, source=str(path))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of keys and values, to be checked.
+
+    Raises:
+        ConfigError: No such file, or not YAML.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -186,7 +195,7 @@ def load_config(path: Path, config_type: type[ConfigT], overrides: Sequence[str]
         raise ConfigError(
             f"{path} holds a {type(raw).__name__}; expected keys and values such as `seeds: [0, 1, 2]`."
         )
-    return parse_config(with_overrides(raw, overrides), config_type, source=str(path))
+    return raw
 
 
 def with_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ GARBAGE = "Garbage is being collected, or the store's names are being changed"
 
 _log = logging.getLogger(__name__)
 _Artefacts = list[Artefact]  # inside the class, ``list`` is the method
+_Names = list[str]
 _Problems = list[Problem]
 
 
@@ -232,6 +233,28 @@ class Store:
                 held.enter_context(self._lock(lock, f"Another process works on {worker} of it"))
                 announce(self._shelf, recipe, self._has, self._lock(collection.LOCK, GARBAGE))
             yield SharedFolder(self._shelf, recipe.draft_name)
+
+    # -- small files that are no artefacts ---------------------------------------------------------
+
+    def documents(self, folder: str) -> _Names:
+        """Return the names of the small files that the store keeps in a folder of its own, sorted."""
+        with told_in_words(self._shelf):
+            return self._shelf.documents(folder)
+
+    def read_document(self, path: str) -> bytes | None:
+        """Return one of them, by folder and name; None where there is none."""
+        with told_in_words(self._shelf):
+            return self._shelf.read_document(path)
+
+    def write_document(self, path: str, data: bytes) -> None:
+        """Write one of them whole, in place of one that is there."""
+        with told_in_words(self._shelf):
+            self._shelf.write_document(path, data)
+
+    def delete_document(self, path: str) -> None:
+        """Delete one of them, if it is there."""
+        with told_in_words(self._shelf):
+            self._shelf.delete_document(path)
 
     # -- naming ------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from flows.shards import Sharing, extract_shards_flow
 from flows.tasks import value_of
 from pipeline.datasets.config import DatasetConfig
 from pipeline.errors import ConfigError
+from pipeline.settings import inputs_of
 from pipeline.stages.extract_features import FeaturesConfig, extract_features
 from pipeline.stages.prepare_dataset import prepare_dataset
 from pipeline.store import Artefact, Store
@@ -36,6 +37,11 @@ CONFIG = FeaturesConfig.model_validate(
         "extraction": {"rows_per_part": 4, "batch_size": 2, "n_workers": 1},
     }
 )
+
+
+def form(config: FeaturesConfig, sharing: Sharing) -> dict[str, Any]:
+    """The form of extract-features, filled in."""
+    return inputs_of(config, "encoder", "modality", sharing=sharing)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,7 @@ def parts_of(artefact: Artefact) -> dict[str, str]:
 def test_shards_in_the_flow_s_process_make_the_artefact_of_one_extraction(
     store: Store, expected: dict[str, str]
 ) -> None:
-    options: dict[str, Any] = {"config": CONFIG, "store": store.url, "sharing": Sharing(shards=3)}
+    options: dict[str, Any] = {**form(CONFIG, Sharing(shards=3)), "store": store.url}
     state = extract_features_flow("shop", **options, force=True, return_state=True)
     assert state.name == "Completed"
     made = store.get(value_of(state), "features")
@@ -71,14 +77,14 @@ def test_shards_in_the_flow_s_process_make_the_artefact_of_one_extraction(
 def test_what_cannot_be_shared_out_is_extracted_as_ever(store: Store) -> None:
     config = CONFIG.model_copy(update={"encoder": "tfidf+dim=4", "modality": "text"})
     state = extract_features_flow(
-        "shop", config=config, store=store.url, sharing=Sharing(shards=2), return_state=True
+        "shop", **form(config, Sharing(shards=2)), store=store.url, return_state=True
     )
     assert state.name == "Completed"
 
 
 def test_a_mistake_ends_the_flow_with_its_message(tmp_path: Path) -> None:
     state = extract_features_flow(
-        "toys", config=CONFIG, store=str(tmp_path), sharing=Sharing(shards=2), return_state=True
+        "toys", **form(CONFIG, Sharing(shards=2)), store=str(tmp_path), return_state=True
     )
     assert state.is_failed()
     assert "'toys'" in str(state.message)
@@ -162,7 +168,7 @@ def test_a_killed_dask_worker_costs_its_unfinished_blocks_only(
     after = killer.blocks()
     assert len(after) == 100
     assert {name: after[name] for name in killer.whole} == killer.whole, "no whole block is made twice"
-    options: dict[str, Any] = {"config": CONFIG, "store": store.url, "sharing": Sharing(shards=4)}
+    options: dict[str, Any] = {**form(CONFIG, Sharing(shards=4)), "store": store.url}
     whole = extract_features_flow("shop", **options, force=True, return_state=True)
     made = store.get(value_of(whole), "features")
     assert parts_of(made) == expected

@@ -12,7 +12,7 @@ from flows.history import history_rows
 from flows.tasks import value_of
 from pipeline.config import parse_config
 from pipeline.datasets.config import DatasetConfig
-from pipeline.stages.extract_features import FeaturesConfig
+from pipeline.settings import inputs_of
 from pipeline.stages.finetune_encoder import FinetuneSettings
 from pipeline.stages.prepare_dataset import prepare_dataset
 from pipeline.store import Store
@@ -39,13 +39,14 @@ CONFIG = parse_config(
     },
     FinetuneSettings,
 )
+FORM = inputs_of(CONFIG, "encoder", "seed")
 
 
 def test_an_encoder_is_tuned_shown_reused_and_encoded_with(tmp_path: Path) -> None:
     store = Store(tmp_path / "shop")
     dataset = prepare_dataset(store, DEMO).artefact.ref
     states = [
-        finetune_encoder_flow(dataset, config=CONFIG, name="mine", store=store.url, return_state=True)
+        finetune_encoder_flow(dataset, **FORM, name="mine", store=store.url, return_state=True)
         for _ in range(2)
     ]
     assert [state.name for state in states] == ["Completed", "Cached"]
@@ -71,15 +72,15 @@ def test_an_encoder_is_tuned_shown_reused_and_encoded_with(tmp_path: Path) -> No
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     for name in ("loss_co_purchase", "gradient_norm_image_text", "retrieval"):
         assert str(rows[2][name]) in shown
-    features = FeaturesConfig(encoder="store/mine", modality="image", device="cpu")
-    extracted = extract_features_flow(dataset, config=features, store=store.url, return_state=True)
+    what = {"encoder": "store/mine", "modality": "image", "settings": "device: cpu"}
+    extracted = extract_features_flow(dataset, **what, store=store.url, return_state=True)
     assert encoder.as_input("encoder") in store.get(value_of(extracted)).manifest.inputs
 
 
 def test_a_mistake_ends_the_run_with_one_message(tmp_path: Path) -> None:
     store = Store(tmp_path / "shop")
     dataset = prepare_dataset(store, DEMO).artefact.ref
-    wrong = CONFIG.model_copy(update={"encoder": "random"})
-    state = finetune_encoder_flow(dataset, config=wrong, store=store.url, return_state=True)
+    wrong = FORM | {"encoder": "random"}
+    state = finetune_encoder_flow(dataset, **wrong, store=store.url, return_state=True)
     assert state.is_failed()
     assert "no parameters to train" in str(state.message)

@@ -11,7 +11,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 
 from flows.history import history_rows
-from flows.joint_training import joint_training_flow
+from flows.joint_training import joint_inputs, joint_training_flow
 from flows.tasks import value_of
 from pipeline.config import parse_config
 from pipeline.datasets.config import DatasetConfig
@@ -36,14 +36,14 @@ RAW: dict[str, Any] = {
     "training": {"epochs": 3, "batch_size": 256, "learning_rate": 0.01, "patience": 0},
     "joint": {"warmup_epochs": 1, "learning_rate": 1e-3, "negative_pool": 8},
 }
-CONFIG = parse_config(RAW, JointWayConfig)
+FORM = joint_inputs(parse_config(RAW, JointWayConfig))
 
 
 def test_a_run_leaves_all_artefacts_a_history_and_is_found_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "shop")
     dataset = prepare_dataset(store, DEMO).artefact.ref
     states = [
-        joint_training_flow(dataset, config=CONFIG, name="mine", store=store.url, return_state=True)
+        joint_training_flow(dataset, **FORM, name="mine", store=store.url, return_state=True)
         for _ in range(2)
     ]
     assert [state.name for state in states] == ["Completed", "Cached"]
@@ -85,8 +85,8 @@ def test_a_cancelled_run_goes_on_from_its_last_epoch(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(TrainingLoop, "save", cancelled_after_two)
         with pytest.raises(KeyboardInterrupt):
-            joint_training_flow(dataset, config=CONFIG, store=store.url)
-    state = joint_training_flow(dataset, config=CONFIG, store=store.url, return_state=True)
+            joint_training_flow(dataset, **FORM, store=store.url)
+    state = joint_training_flow(dataset, **FORM, store=store.url, return_state=True)
     result = value_of(state)
     assert result.encoder is not None
     assert result.encoder.artefact.manifest.facts["resumed_after"] == 2
@@ -95,7 +95,7 @@ def test_a_cancelled_run_goes_on_from_its_last_epoch(tmp_path: Path, monkeypatch
 def test_a_mistake_ends_the_run_with_one_message(tmp_path: Path) -> None:
     store = Store(tmp_path / "shop")
     dataset = prepare_dataset(store, DEMO).artefact.ref
-    wrong = parse_config(RAW | {"model": "bpr", "settings": {}}, JointWayConfig)
-    state = joint_training_flow(dataset, config=wrong, store=store.url, return_state=True)
+    wrong = joint_inputs(parse_config(RAW | {"model": "bpr", "settings": {}}, JointWayConfig))
+    state = joint_training_flow(dataset, **wrong, store=store.url, return_state=True)
     assert state.is_failed()
     assert "bpr reads no features" in str(state.message)

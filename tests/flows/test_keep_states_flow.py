@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flows.joint_training import joint_training_flow, keep_states_flow
+from flows.joint_training import joint_inputs, joint_training_flow, keep_states_flow
 from flows.tasks import CACHED, value_of
 from pipeline.config import parse_config
 from pipeline.joint_way import JointWayConfig
@@ -34,7 +34,9 @@ def test_states_are_a_stage_of_the_flow_and_cached_for_the_next_seed(tmp_path: P
     store = Store(tmp_path / "shop")
     dataset = prepare_dataset(store, DEMO).artefact.ref
     first, second = (
-        value_of(joint_training_flow(dataset, config=config(seed), store=store.url, return_state=True))
+        value_of(
+            joint_training_flow(dataset, **joint_inputs(config(seed)), store=store.url, return_state=True)
+        )
         for seed in (0, 1)
     )
     assert [stage.reused for stage in first.all()] == [False] * 6

@@ -10,6 +10,7 @@ from flows.paradigms import paradigms_flow
 from flows.tasks import value_of
 from pipeline.config import parse_config
 from pipeline.paradigms.config import ParadigmsConfig
+from pipeline.settings import settings_text
 from pipeline.store import Store
 from tests.flows.test_flow_runs import recorded
 from tests.pipeline.test_paradigms import STUDY
@@ -34,7 +35,9 @@ CONFIG = parse_config(
 
 def test_a_study_is_run_shown_and_reused(tmp_path: Path) -> None:
     store = Store(tmp_path / "shop")
-    states = [paradigms_flow(CONFIG, store=store.url, return_state=True) for _ in range(2)]
+    states = [
+        paradigms_flow(settings=settings_text(CONFIG), store=store.url, return_state=True) for _ in range(2)
+    ]
     assert [state.name for state in states] == ["Completed", "Cached"]
     made = value_of(states[0])
     assert [one.kind for one in made.contenders] == ["pretrained", "finetuned", "joint"]
@@ -54,6 +57,6 @@ def test_a_study_is_run_shown_and_reused(tmp_path: Path) -> None:
 
 def test_a_mistake_ends_the_run_with_one_message(tmp_path: Path) -> None:
     wrong = CONFIG.model_copy(update={"encoders": ("tfidf",)})
-    state = paradigms_flow(wrong, store=str(tmp_path / "shop"), return_state=True)
+    state = paradigms_flow(settings=settings_text(wrong), store=str(tmp_path / "shop"), return_state=True)
     assert state.is_failed()
     assert "tfidf encodes text, not image" in str(state.message)

@@ -7,11 +7,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from flows.search_recommender import search_recommender_flow
+from flows.search_recommender import run_inputs, search_recommender_flow
 from flows.tasks import value_of
 from flows.train_recommender import train_recommender_flow
 from pipeline.config import parse_config
 from pipeline.datasets.config import DatasetConfig
+from pipeline.settings import inputs_of
 from pipeline.stages.prepare_dataset import prepare_dataset
 from pipeline.stages.search_recommender import STUDY_FILE, SearchSettings
 from pipeline.store import Store
@@ -33,15 +34,14 @@ CONFIG = parse_config(
     },
     SearchSettings,
 )
+FORM = inputs_of(CONFIG, "model") | {"trials": 4}
 
 
 def test_two_workers_search_and_a_run_is_made_with_their_choice(tmp_path: Path) -> None:
     store = Store(tmp_path / "shop")
     dataset = prepare_dataset(store, DEMO).artefact.ref
     states = [
-        search_recommender_flow(
-            dataset, config=CONFIG, workers=2, name="tuned", store=store.url, return_state=True
-        )
+        search_recommender_flow(dataset, **FORM, workers=2, name="tuned", store=store.url, return_state=True)
         for _ in range(2)
     ]
     assert [state.name for state in states] == ["Completed", "Cached"]
@@ -51,6 +51,6 @@ def test_two_workers_search_and_a_run_is_made_with_their_choice(tmp_path: Path) 
     assert run.name == found.slug
     assert any("best valid recall@20" in str(artifact.data) for artifact in artifacts)
     trained = train_recommender_flow(
-        dataset, config=CONFIG.run(), search="tuned", store=store.url, return_state=True
+        dataset, **run_inputs(CONFIG.run()), search="tuned", store=store.url, return_state=True
     )
     assert found.as_input("settings") in store.get(value_of(trained)).manifest.inputs

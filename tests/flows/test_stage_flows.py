@@ -25,11 +25,9 @@ from flows.two_stage import two_stage_flow
 from pipeline.config import RunConfig, parse_config
 from pipeline.datasets.config import DatasetConfig
 from pipeline.progress import SilentReporter
-from pipeline.stages.extract_features import FeaturesConfig
-from pipeline.stages.train_recommender import RunSettings
+from pipeline.settings import inputs_of, settings_text
 from pipeline.store import Store
 from pipeline.two_stage import PlainStages, run_two_stage
-from recommenders.training import TrainingConfig
 from tests.flows.test_flow_runs import recorded
 
 pytestmark = [
@@ -72,7 +70,9 @@ class TwoRuns:
 @pytest.fixture(scope="module")
 def two_stage_twice(tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> TwoRuns:
     store = str(tmp_path_factory.mktemp("two-stage") / "shop")
-    first, again = (two_stage_flow(CONFIG, store=store, return_state=True) for _ in range(2))
+    first, again = (
+        two_stage_flow(settings=settings_text(CONFIG), store=store, return_state=True) for _ in range(2)
+    )
     return TwoRuns(store, first, again)
 
 
@@ -138,35 +138,35 @@ def test_the_command_line_gets_the_plain_result_and_each_stage_s_line(two_stage_
 
 def test_a_mistake_in_a_stage_ends_the_whole_run_with_its_message(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"dataset": DatasetConfig(importer="tables")})
-    state = two_stage_flow(config, store=str(tmp_path), return_state=True)
+    state = two_stage_flow(settings=settings_text(config), store=str(tmp_path), return_state=True)
     assert state.is_failed()
     assert state.message == "tables.items is empty; give the path of a file."
 
 
-def small_training(model: str) -> RunSettings:
-    return RunSettings(model=model, training=TrainingConfig(epochs=2))
+def small_training(model: str) -> dict[str, str]:
+    return {"model": model, "settings": "training: {epochs: 2}"}
 
 
 def test_each_stage_runs_alone_and_finds_its_input_by_name(tmp_path: Path, prefect_server: None) -> None:
     store = str(tmp_path / "shop")
-    dataset = DatasetConfig.model_validate(DEMO)
-    image = FeaturesConfig(encoder="random:16", modality="image")
+    dataset = inputs_of(DatasetConfig.model_validate(DEMO), "importer")
+    image = {"encoder": "random:16", "modality": "image"}
     steps: list[Callable[[], State[Any]]] = [
-        lambda: prepare_dataset_flow(dataset, name="toys", store=store, return_state=True),
-        lambda: extract_features_flow("toys", config=image, name="looks", store=store, return_state=True),
+        lambda: prepare_dataset_flow(**dataset, name="toys", store=store, return_state=True),
+        lambda: extract_features_flow("toys", **image, name="looks", store=store, return_state=True),
         lambda: build_index_flow("looks", store=store, return_state=True),
         lambda: train_recommender_flow(
             "toys",
-            features=["looks"],
-            config=small_training("itemknn_content"),
+            features="looks",
+            **small_training("itemknn_content"),
             name="one",
             store=store,
             return_state=True,
         ),
         lambda: train_recommender_flow(
-            "toys", config=small_training("popularity"), name="two", store=store, return_state=True
+            "toys", **small_training("popularity"), name="two", store=store, return_state=True
         ),
-        lambda: compare_features_flow(["one", "two"], name="both", store=store, return_state=True),
+        lambda: compare_features_flow("one, two", name="both", store=store, return_state=True),
     ]
     states = [step() for step in steps]
     assert [(state.name, state.message) for state in states if state.name != "Completed"] == []

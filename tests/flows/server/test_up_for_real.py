@@ -44,7 +44,7 @@ SMALL: dict[str, Any] = {
     "recommenders": [{"model": "popularity"}, {"model": "itemknn_content"}],
     "seeds": [0],
 }
-EXTRACT = {"dataset": "toys", "config": {"encoder": "random:16", "modality": "image"}}
+EXTRACT = {"dataset": "toys", "encoder": "random:16", "modality": "image"}
 
 
 @dataclass
@@ -167,7 +167,7 @@ def test_runs_started_in_the_ui_complete_one_gpu_flow_at_a_time(up: Up, client: 
     dataset = prepare_dataset(store, DatasetConfig.model_validate(SMALL["dataset"]))
     store.name("toys", dataset.artefact)
     extract = start(client, "extract-features", EXTRACT)
-    two_stage = start(client, "two-stage", {"config": SMALL})
+    two_stage = start(client, "two-stage", {"settings": yaml.safe_dump(SMALL)})
     runs = [wait(client, run_id) for run_id in (extract, two_stage)]
     assert {run.state_name for run in runs} == {"Completed"}
     earlier, later = sorted(runs, key=lambda run: str(run.start_time))
@@ -210,7 +210,7 @@ def test_second_runs_show_that_everything_was_reused(
 def test_stopping_leaves_no_process_and_tells_what_became_of_the_runs(
     up: Up, client: SyncPrefectClient
 ) -> None:
-    big = {"config": {"demo": {"n_items": 20_000, "n_users": 4_000}}}
+    big = {"settings": "demo: {n_items: 20000, n_users: 4000}"}
     run_id = start(client, "prepare-dataset", big)
     wait(client, run_id, {StateType.RUNNING})
     everything = psutil.Process(up.process.pid).children(recursive=True)
