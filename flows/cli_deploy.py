@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-@app.command(
-    rich_help_panel="The whole pipeline",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+@app.command(rich_help_panel="The whole pipeline", context_settings={"ignore_unknown_options": True})
 def deploy(
-    context: typer.Context,
-    config: Annotated[
-        Path | None, typer.Argument(help="YAML file of a run, or of a study of paradigms.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE] [--INPUT VALUE]...",
+            help="YAML file of a run, or of a study of paradigms; or the inputs of --stage.",
+        ),
     ] = None,
     name: Annotated[str, typer.Option(help="What it is called on the page and in the store.")] = "",
     stage: Annotated[
-        str, typer.Option(help="Instead of a file: a flow whose inputs follow, as --dataset shop.")
+        str, typer.Option(help="Instead of a file: a flow, whose inputs are given as --dataset shop.")
     ] = "",
     cron: Annotated[
         str, typer.Option(help='When it runs: minute, hour, day, month, day of the week, as "0 3 * * *".')
@@ -58,39 +58,46 @@ def deploy(
     """
     out = Output(as_json=json)
     opened = open_store(store, out)
-    extra = _pairs(context.args)
+    config, inputs = _words(words or [])
     if list_:
         _list(out, opened)
     elif remove:
         _remove(out, opened, remove)
     else:
+        from flows.running import choose_running_server
+
+        server = choose_running_server(opened.url)  # before anything imports prefect
         every_s = _seconds(every)
         _check_when(cron, every_s, timezone)
         if not name:
             raise ConfigError("--name is missing: what the deployment is called, such as nightly-shop.")
         when = {"cron": cron, "every_s": every_s, "timezone": timezone, "overlap": overlap}
-        kept, configuration = _wanted(config, stage, extra, set_ or [], name, when)
-        _deploy(out, opened, name, kept, configuration)
+        kept, configuration = _wanted(config, stage, inputs, set_ or [], name, when)
+        _deploy(out, opened, name, kept, configuration, server)
 
 
-def _pairs(extra: list[str]) -> dict[str, str]:
-    """Read ``--input value`` and ``--input=value``.
+def _words(words: list[str]) -> tuple[Path | None, dict[str, str]]:
+    """Read a file's path, and ``--input value`` or ``--input=value``.
 
     Raises:
-        ConfigError: A word without an option, or an option without a value.
+        ConfigError: There are two files, or an input has no value.
     """
-    pairs: dict[str, str] = {}
-    words = iter(extra)
-    for word in words:
+    files: list[str] = []
+    inputs: dict[str, str] = {}
+    left = iter(words)
+    for word in left:
         if not word.startswith("--"):
-            raise ConfigError(f"{word!r} belongs to no option; an input is given as --dataset shop.")
+            files.append(word)
+            continue
         option, equals, value = word.partition("=")
         if not equals:
-            value = next(words, "")
+            value = next(left, "")
             if not value or value.startswith("--"):
                 raise ConfigError(f"{option} has no value; an input is given as --dataset shop.")
-        pairs[option.removeprefix("--").replace("-", "_")] = value
-    return pairs
+        inputs[option.removeprefix("--").replace("-", "_")] = value
+    if len(files) > 1:
+        raise ConfigError(f"One file at a time; got {', '.join(files)}. An input is given as --dataset shop.")
+    return (Path(files[0]) if files else None), inputs
 
 
 def _seconds(every: str) -> float:
@@ -156,9 +163,11 @@ def _wanted(
             "`tandem deploy --stage extract-features --dataset shop --name shop-clip`."
         )
     if config is None:
+        if overrides:
+            raise ConfigError('--set changes a file; a stage takes --settings "training: {epochs: 20}".')
         from flows.deploying import stage_inputs
 
-        given = stage_inputs(stage, inputs)
+        given = stage_inputs(stage, {"name": name, **inputs})
         return KeptDeployment(flow=stage, inputs=given, folder=folder, **when), None
     if inputs:
         listed = ", ".join(f"--{each.replace('_', '-')}" for each in inputs)
@@ -194,11 +203,13 @@ def _study(config: Path, overrides: list[str], name: str, folder: str) -> tuple[
 
 
 def _deploy(
-    out: Output, store: Store, name: str, kept: KeptDeployment, configuration: KeptConfiguration | None
+    out: Output,
+    store: Store,
+    name: str,
+    kept: KeptDeployment,
+    configuration: KeptConfiguration | None,
+    server: str,
 ) -> None:
-    from flows.running import choose_running_server
-
-    server = choose_running_server(store.url)
     from flows.deploying import keep, register_now
 
     keep(store, name, kept, configuration)

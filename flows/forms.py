@@ -72,18 +72,21 @@ ENCODER = Input(
 MODEL = Input("Recommender", "What is trained.", "vbpr", offers=(RECOMMENDERS,))
 SEED = Input("Seed", "Of everything that is drawn; another seed is another run.")
 NAME = Input("Name", "Keep the result under this name, for later stages to ask for.", "shop-clip")
-SETTINGS = Input(
-    "Settings", "Everything deeper, as YAML. `tandem config` lists the keys.", "training: {epochs: 20}"
-)
 FORCE = Input("Make it again", "Compute although the store has the result.")
 STORE = Input(
     "Store", "Folder or address; empty for the store that the server was started with.", "s3://shop/tandem"
 )
-LAST = {"settings": SETTINGS, "force": FORCE, "store": STORE}
+
+
+def _last(example: str) -> dict[str, Input]:
+    """The inputs that end each form; settings with an example of the flow's own."""
+    settings = Input("Settings", "Everything deeper, as YAML; the documentation lists the keys.", example)
+    return {"settings": settings, "force": FORCE, "store": STORE}
+
 
 CONFIGURATION = Input(
     "Configuration",
-    "One that the store keeps, to start from; the fields below change it. `tandem deploy` keeps one.",
+    "One that the store keeps, to start from; the fields below change it.",
     "nightly-shop",
     offers=(CONFIGURATIONS,),
 )
@@ -131,7 +134,7 @@ FORMS: dict[str, dict[str, Input]] = {
         "user_id": Input("Column of the user", "In the interactions.", "customer"),
         "pictures": Input("Folder of pictures", "Empty: the folder of the items.", "data/photos"),
         "name": NAME,
-        **LAST,
+        **_last("split: {rule: leave_last_out}"),
     },
     "extract-features": {
         "dataset": DATASET,
@@ -141,7 +144,7 @@ FORMS: dict[str, dict[str, Input]] = {
         ),
         "name": NAME,
         "retry_failed": Input("Retry failed rows", "Encode the rows that failed before; the others stay."),
-        **LAST,
+        **_last("extraction: {dtype: float32}"),
     },
     "build-index": {
         "source": Input(
@@ -159,7 +162,7 @@ FORMS: dict[str, dict[str, Input]] = {
             "Similarity", "Cosine, or the plain inner product.", choices=("cosine", "inner_product")
         ),
         "name": NAME,
-        **LAST,
+        **_last("recall_k: 10"),
     },
     "train-recommender": {
         "dataset": DATASET,
@@ -168,7 +171,7 @@ FORMS: dict[str, dict[str, Input]] = {
         "seed": SEED,
         "search": Input("Search", "Settings that a search has chosen.", "shop-search", offers=("search",)),
         "name": NAME,
-        **LAST,
+        **_last("training: {epochs: 20}"),
     },
     "search-recommender": {
         "dataset": DATASET,
@@ -177,7 +180,7 @@ FORMS: dict[str, dict[str, Input]] = {
         "trials": Input("Settings to try", "At most so many.", "20"),
         "workers": Input("Processes", "That try settings beside each other, on this machine.", "2"),
         "name": NAME,
-        **LAST,
+        **_last("search: {method: random}"),
     },
     "compare-features": {
         "runs": Input(
@@ -188,14 +191,14 @@ FORMS: dict[str, dict[str, Input]] = {
         ),
         "metric": Input("Metric", "What decides.", "recall@20"),
         "name": NAME,
-        **LAST,
+        **_last("more_metrics: [ndcg@10]"),
     },
     "finetune-encoder": {
         "dataset": DATASET,
         "encoder": ENCODER,
         "seed": SEED,
         "name": NAME,
-        **LAST,
+        **_last("finetuning: {epochs: 5}"),
     },
     "joint-training": {
         "dataset": DATASET,
@@ -216,10 +219,10 @@ FORMS: dict[str, dict[str, Input]] = {
         "name": Input(
             "Name", "Keep the encoder under this name, to be asked for as store/<name>.", "shop-joint"
         ),
-        **LAST,
+        **_last("joint: {warmup_epochs: 10}"),
     },
-    "paradigms": {**STUDY, "keep_as": KEEP_AS, **LAST},
-    "two-stage": {**STUDY, "keep_as": KEEP_AS, **LAST},
+    "paradigms": {**STUDY, "keep_as": KEEP_AS, **_last("finetuning: {epochs: 5}")},
+    "two-stage": {**STUDY, "keep_as": KEEP_AS, **_last("dataset: {tables: {item_id: sku}}")},
 }
 """Flow -> input -> how it looks, in the order of the form."""
 
